@@ -1,0 +1,529 @@
+"""Paper-in-Square: an SO-101 arm slides a sheet of A6 card into a square of red tape (MuJoCo, Gymnasium).
+
+    python env_paper_square.py                      # self-test: random actions, prints what happened and steps/s
+    gym.make("PaperSquare-v0")                      # after `import env_paper_square`
+    gym.make_vec("PaperSquare-v0", num_envs=64, vectorization_mode="vector_entry_point")
+
+`PaperSquareVectorEnv` holds the physics, the reward and the observation; `PaperSquareEnv` is one of its environments.
+The environment knows nothing of base policies or residuals.
+"""
+
+import atexit
+import importlib
+import os
+import platform
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
+from pathlib import Path
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+SCENE_PATH = Path(__file__).resolve().parent / "assets" / "paper_square.xml"
+JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
+FINGERTIP = "fixed_fingertip"  # site; the other finger is "moving_fingertip"
+SHEET_HALF_SIZE = np.array([0.074, 0.0525])  # A6, m
+SQUARE_POS = np.array([0.19, 0.09])  # centre of the tape square, m
+TAPE_WIDTH = 0.0125  # m
+FLAT_HEIGHT = 0.01  # a corner higher than this is not on the table, m
+
+# name -> (SI value at which the entry is zero, scale): centred on the start and of order one
+OBS_ROWS = {
+    "joint_pos": ([0.0, -0.14, 0.52, 1.19, 0.0, 0.3], [3.0] * 6),
+    "joint_vel": ([0.0] * 6, [5.0] * 6),
+    "joint_target_error": ([0.0] * 6, [200.0] * 6),
+    "sheet_pos": ([0.19, 0.0, 0.0], [10.0] * 3),
+    "sheet_yaw": ([0.0, 1.0], [4.0] * 2),
+    "sheet_to_square": ([0.0] * 2, [30.0] * 2),
+    "fingertip_pos": ([0.19, 0.0, 0.01], [10.0, 10.0, 100.0]),
+    "fingertip_to_sheet": ([0.0] * 2, [30.0] * 2),
+    "tape_half_size": ([0.08], [50.0]),
+    "hold_counter": ([0.0], [0.5]),
+}
+OBS_ZERO = np.concatenate([zero for zero, _ in OBS_ROWS.values()])
+OBS_SCALE = np.concatenate([scale for _, scale in OBS_ROWS.values()])
+OBS_DIM = len(OBS_SCALE)
+_ends = np.cumsum([len(zero) for zero, _ in OBS_ROWS.values()]).tolist()
+OBS = {name: slice(end - len(zero), end) for (name, (zero, _)), end in zip(OBS_ROWS.items(), _ends, strict=True)}
+
+
+def to_si(obs: np.ndarray) -> np.ndarray:
+    """Observations (..., obs_dim) back to SI units, float64; `to_si(obs)[..., OBS["sheet_pos"]]` is in metres."""
+    return obs / OBS_SCALE + OBS_ZERO
+
+
+class PaperSquareVectorEnv(VectorEnv):
+    """Slide the sheet into the tape square, `num_envs` arms at once.
+
+    ## Task
+    A sheet of A6 card (148 x 105 mm, 5 g, 1 mm thick) lies on a table in front of an SO-101 arm; a square of red tape,
+    160 x 160 mm inside, is centred at (0.19, 0.09) m. A fingertip pressed on the sheet drags it by friction. All four
+    corners must lie inside the tape for 5 consecutive steps. Lengths in m, angles in rad, world frame: the arm's base
+    at the origin, x forward, y left, z up, table at z = 0.
+
+    ## Action space
+    `Box(-1, 1, (6,), float32)`; larger values are clipped. `joint_target += act_scale * action`, clipped to the
+    control range; the servos follow the target, interpolated linearly over the control ticks of one policy step.
+
+    | index | joint         | range, rad     |
+    |-------|---------------|----------------|
+    | 0     | shoulder_pan  | -1.920 to 1.920 |
+    | 1     | shoulder_lift | -1.745 to 1.745 |
+    | 2     | elbow_flex    | -1.690 to 1.690 |
+    | 3     | wrist_flex    | -1.658 to 1.658 |
+    | 4     | wrist_roll    | -2.744 to 2.744 |
+    | 5     | gripper       | -0.175 to 1.745 |
+
+    ## Observation space
+    `Box(-inf, inf, (32,), float32)`, at the slices `OBS[name]`: the value in the unit below, minus where it is zero,
+    times a scale, so that every entry is of order one. `to_si(obs)` gives the values back.
+
+    | rows  | name               | content                                            | unit  | zero at       | scale       |
+    |-------|--------------------|----------------------------------------------------|-------|---------------|-------------|
+    | 0-5   | joint_pos          | joint angles                                       | rad   | home          | 3           |
+    | 6-11  | joint_vel          | joint velocities                                   | rad/s | 0             | 5           |
+    | 12-17 | joint_target_error | joint target minus joint angle                     | rad   | 0             | 200         |
+    | 18-20 | sheet_pos          | centre of the sheet                                | m     | 0.19, 0, 0    | 10          |
+    | 21-22 | sheet_yaw          | sine and cosine of the sheet's yaw                 | -     | 0, 1          | 4           |
+    | 23-24 | sheet_to_square    | from the sheet's to the square's centre, xy        | m     | 0             | 30          |
+    | 25-27 | fingertip_pos      | centre of the fixed fingertip                      | m     | 0.19, 0, 0.01 | 10, 10, 100 |
+    | 28-29 | fingertip_to_sheet | from the fixed fingertip to the sheet's centre, xy | m     | 0             | 30          |
+    | 30    | tape_half_size     | half the inside width of the tape square           | m     | 0.08          | 50          |
+    | 31    | hold_counter       | steps in a row inside the tape                     | steps | 0             | 0.5         |
+
+    ## Rewards
+    The sum of the terms; `info["reward/<term>"]` holds each, weighted and signed.
+
+    | term        | default weight | formula                                                 |
+    |-------------|----------------|---------------------------------------------------------|
+    | success     | 10             | 1 on the step that ends the episode in success, else 0  |
+    | distance    | -2             | distance from the sheet's centre to the square's, m     |
+    | orientation | -0.1           | angle from the sheet's yaw to a multiple of 90 deg, rad |
+    | time        | -0.01          | 1                                                       |
+    | reach       | 0              | distance from the fixed fingertip to the sheet, m       |
+
+    ## Starting state
+    The arm at the keyframe `home`; the sheet at (0.19, -0.09) +- `randomize_xy`, yaw +- `randomize_yaw`; friction of
+    the pair sheet-table and of the pairs fingertip-sheet times 1 +- `randomize_friction` (two draws), mass of the
+    sheet times 1 +- `randomize_mass`, all uniform. Every episode draws the same numbers whatever the scales, so
+    ablations of the randomisation are paired. `randomize=False` turns all of them off.
+
+    ## Episode end
+    Terminated on success, truncated after `max_episode_steps` (400 steps are 13.3 s).
+
+    ## Arguments
+    `num_envs`; `act_scale` (rad per step); `max_episode_steps`; `hold_steps`; `tape_half_size` (m; assign the attribute
+    of that name to change it, from each environment's next episode on); the weights `success_weight`,
+    `distance_weight`, `orientation_weight`, `time_weight`, `reach_weight`; `randomize` and its four scales;
+    `physics_hz`, `control_hz`, `policy_hz` (each must divide the one before it); `num_threads` (default: all cores);
+    `autoreset_mode` (`SAME_STEP`, or `DISABLED` with `reset(options={"reset_mask": mask})`); `render_mode` (None,
+    "rgb_array", "human": the first environment in MuJoCo's viewer), `camera` (top, side, wrist), `width`, `height`.
+
+    Raises ValueError for arguments, seeds or actions that it cannot use.
+    """
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        act_scale: float = 0.02,
+        max_episode_steps: int = 400,
+        hold_steps: int = 5,
+        tape_half_size: float = 0.08,
+        success_weight: float = 10.0,
+        distance_weight: float = -2.0,
+        orientation_weight: float = -0.1,
+        time_weight: float = -0.01,
+        reach_weight: float = 0.0,
+        randomize: bool = True,
+        randomize_xy: float = 0.05,
+        randomize_yaw: float = 0.3,
+        randomize_friction: float = 0.2,
+        randomize_mass: float = 0.1,
+        physics_hz: int = 360,
+        control_hz: int = 180,
+        policy_hz: int = 30,
+        num_threads: int | None = None,
+        autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP,
+        render_mode: str | None = None,
+        camera: str = "side",
+        width: int = 640,
+        height: int = 480,
+    ):
+        if num_envs < 1:
+            raise ValueError(f"num_envs must be at least 1, found {num_envs}")
+        if policy_hz < 1 or physics_hz % control_hz or control_hz % policy_hz:
+            raise ValueError(
+                "each rate must divide the one before it, as in physics 360, control 180, policy 30 Hz; "
+                f"found physics_hz={physics_hz}, control_hz={control_hz}, policy_hz={policy_hz}"
+            )
+        if autoreset_mode not in (AutoresetMode.SAME_STEP, AutoresetMode.DISABLED):
+            raise ValueError(f"autoreset_mode must be SAME_STEP or DISABLED, found {autoreset_mode}")
+        if render_mode not in (None, "rgb_array", "human"):
+            raise ValueError(f"render_mode must be None, 'rgb_array' or 'human', found {render_mode!r}")
+        self.num_envs = num_envs
+        self.act_scale = act_scale
+        self.max_episode_steps = max_episode_steps
+        self.hold_steps = hold_steps
+        self.tape_half_size = tape_half_size
+        self.success_weight = success_weight
+        self.distance_weight = distance_weight
+        self.orientation_weight = orientation_weight
+        self.time_weight = time_weight
+        self.reach_weight = reach_weight
+        self.randomize_scales = np.array(
+            [randomize_xy, randomize_xy, randomize_yaw, randomize_friction, randomize_friction, randomize_mass]
+        ) * float(randomize)
+        self.control_ticks = control_hz // policy_hz
+        self.physics_steps = physics_hz // control_hz
+        self.autoreset_mode = autoreset_mode
+        self.render_mode, self.camera, self.width, self.height = render_mode, camera, width, height
+        self.metadata = {
+            "render_modes": ["rgb_array", "human"],
+            "render_fps": policy_hz,
+            "autoreset_mode": autoreset_mode,
+        }
+        self.single_action_space = gym.spaces.Box(-1.0, 1.0, (6,), np.float32)
+        self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (OBS_DIM,), np.float32)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+
+        # One MjModel per environment, because friction and mass differ; without what only a camera would see.
+        spec = mujoco.MjSpec.from_file(str(SCENE_PATH))
+        spec.option.timestep = 1.0 / physics_hz
+        spec.compiler.discardvisual = True
+        for element in (*spec.cameras, *spec.lights):
+            spec.delete(element)
+        nominal = spec.compile()
+        self.models = [copy(nominal) for _ in range(num_envs)]
+        self.datas = [mujoco.MjData(model) for model in self.models]
+        self.ctrl_low, self.ctrl_high = nominal.actuator_ctrlrange.T.copy()  # (6,), rad
+        self._home_qpos = nominal.key("home").qpos.copy()
+        self._home_ctrl = nominal.key("home").ctrl.copy()
+        self._fingertip_site = nominal.site(FINGERTIP).id
+        self._sheet_body = nominal.body("sheet").id
+        self._sheet_pair = nominal.pair("sheet_table").id
+        self._finger_pairs = [nominal.pair(f"{tip}_sheet").id for tip in ("fixed_fingertip", "moving_fingertip")]
+        self._nominal = nominal
+
+        self._rngs: list[np.random.Generator | None] = [None] * num_envs
+        self._qpos = np.zeros((num_envs, nominal.nq))
+        self._qvel = np.zeros((num_envs, nominal.nv))
+        self._fingertip = np.zeros((num_envs, 3))
+        self._joint_target = np.zeros((num_envs, 6))
+        self._tape_half_size = np.zeros(num_envs)
+        self._hold_counter = np.zeros(num_envs, dtype=np.int64)
+        self._episode_steps = np.zeros(num_envs, dtype=np.int64)
+        num_threads = min(num_threads or os.cpu_count() or 1, num_envs)
+        self._chunks = np.array_split(np.arange(num_envs), min(num_envs, 4 * num_threads if num_threads > 1 else 1))
+        self._chunks = [chunk.tolist() for chunk in self._chunks]
+        self._pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
+        self._renderer = self._viewer = self._scene = self._scene_data = None
+
+    def reset(self, *, seed: int | list[int | None] | None = None, options: dict | None = None):
+        """Start episodes; environment i is seeded with `seed + i`, or with `seed[i]`.
+
+        `options={"reset_mask": mask}` with a boolean array (num_envs,) resets only those environments.
+        Returns observations (num_envs, obs_dim) float32 and infos.
+        """
+        mask = np.ones(self.num_envs, dtype=bool) if options is None else options.get("reset_mask")
+        mask = np.ones(self.num_envs, dtype=bool) if mask is None else np.asarray(mask)
+        if mask.shape != (self.num_envs,) or mask.dtype != bool or not mask.any():
+            raise ValueError(f"reset_mask must be a boolean array of shape ({self.num_envs},) with at least one True")
+        if seed is None or isinstance(seed, (int, np.integer)):
+            seed = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
+        if len(seed) != self.num_envs:
+            raise ValueError(f"a list of seeds needs one per environment: expected {self.num_envs}, found {len(seed)}")
+        for i in np.flatnonzero(mask):
+            if seed[i] is not None or self._rngs[i] is None:
+                self._rngs[i] = np.random.default_rng(seed[i])
+            self._reset_one(i)
+        infos = self._state_info()
+        return self._observe(), {**infos, **{f"_{key}": mask.copy() for key in infos}}
+
+    def step(self, actions: np.ndarray):
+        """Advance every environment by one policy step.
+
+        Takes actions (num_envs, 6) in [-1, 1]; returns observations, rewards, terminations, truncations, infos as
+        Gymnasium defines them. An environment that ends is reset in the same step; its last observation and info are
+        then in `infos["final_obs"]` and `infos["final_info"]`.
+        """
+        actions = np.asarray(actions, dtype=np.float64)
+        if actions.shape != (self.num_envs, 6) or not np.isfinite(actions).all():
+            raise ValueError(f"actions must be finite and of shape ({self.num_envs}, 6), found shape {actions.shape}")
+        previous = self._joint_target
+        self._joint_target = np.clip(
+            previous + self.act_scale * np.clip(actions, -1.0, 1.0), self.ctrl_low, self.ctrl_high
+        )
+        fractions = np.arange(1, self.control_ticks + 1)[:, None, None] / self.control_ticks
+        ticks = (previous + fractions * (self._joint_target - previous)).swapaxes(0, 1)  # (num_envs, control_ticks, 6)
+        if self._pool is None:
+            self._simulate(self._chunks[0], ticks)
+        else:
+            list(self._pool.map(self._simulate, self._chunks, [ticks] * len(self._chunks)))
+        self._episode_steps += 1
+
+        inside = self._is_inside()
+        self._hold_counter = np.where(inside, self._hold_counter + 1, 0)
+        terminations = self._hold_counter >= self.hold_steps
+        truncations = ~terminations & (self._episode_steps >= self.max_episode_steps)
+        infos = self._state_info()
+        terms = self._reward_terms(infos, terminations)
+        rewards = np.sum(list(terms.values()), axis=0)
+        infos |= {f"reward/{name}": value for name, value in terms.items()}
+        observations = self._observe()
+        if self.render_mode == "human":
+            self.render()
+
+        done = terminations | truncations
+        if self.autoreset_mode == AutoresetMode.SAME_STEP and done.any():
+            final_obs = np.full(self.num_envs, None, dtype=object)
+            final_info = {key: np.where(done, value, np.zeros_like(value)) for key, value in infos.items()}
+            for i in np.flatnonzero(done):
+                final_obs[i] = observations[i]
+                self._reset_one(i)
+            observations = self._observe()
+            fresh = self._state_info()
+            infos = {key: np.where(done, fresh.get(key, np.zeros_like(v)), v) for key, v in infos.items()}
+            masks = {f"_{key}": np.ones_like(done) if key in fresh else ~done for key in infos}
+            final_info |= {f"_{key}": done.copy() for key in final_info}
+            infos |= {"final_obs": final_obs, "final_info": final_info, "_final_obs": done, "_final_info": done.copy()}
+        else:
+            masks = {f"_{key}": np.ones_like(done) for key in infos}
+        return observations, rewards, terminations, truncations, {**infos, **masks}
+
+    def render(self) -> tuple[np.ndarray, ...] | None:
+        """One image (height, width, 3) uint8 per environment; in mode "human", show the first one instead."""
+        if self.render_mode == "human":
+            return self._show()
+        return tuple(self.render_frame(i) for i in range(self.num_envs))
+
+    def render_frame(self, index: int = 0, camera: str | None = None) -> np.ndarray:
+        """Environment `index` seen by `camera` (default: the constructor's), (height, width, 3) uint8."""
+        if self._renderer is None:
+            self._scene = mujoco.MjModel.from_xml_path(str(SCENE_PATH))
+            self._scene_data = mujoco.MjData(self._scene)
+            self._renderer = make_renderer(self._scene, self.height, self.width)
+        self._pose_scene(index)
+        self._renderer.update_scene(self._scene_data, camera or self.camera)
+        return self._renderer.render()
+
+    def _show(self) -> None:
+        if self._viewer is None:
+            viewer = importlib.import_module("mujoco.viewer")
+            self._scene = mujoco.MjModel.from_xml_path(str(SCENE_PATH))
+            self._scene_data = mujoco.MjData(self._scene)
+            self._viewer = viewer.launch_passive(self._scene, self._scene_data, show_left_ui=False, show_right_ui=False)
+            self._next_frame = time.perf_counter()
+        self._pose_scene(0)
+        self._viewer.sync()
+        self._next_frame = max(self._next_frame + 1.0 / self.metadata["render_fps"], time.perf_counter() - 1.0)
+        time.sleep(max(0.0, self._next_frame - time.perf_counter()))  # real time
+
+    def _pose_scene(self, index: int) -> None:
+        """Give the scene (the model with everything a camera sees) the state of one environment."""
+        inner, outer = self._tape_half_size[index], self._tape_half_size[index] + TAPE_WIDTH
+        middle = (inner + outer) / 2
+        for name, x, y in (("front", 1, 0), ("back", -1, 0), ("left", 0, 1), ("right", 0, -1)):
+            geom = self._scene.geom(f"tape_{name}")
+            geom.pos[:2] = x * middle, y * middle
+            geom.size[:2] = (TAPE_WIDTH / 2, outer) if x else (inner, TAPE_WIDTH / 2)
+        self._scene_data.qpos[:] = self._qpos[index]
+        mujoco.mj_forward(self._scene, self._scene_data)
+
+    def close_extras(self, **kwargs) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+        for window in (self._renderer, self._viewer):
+            if window is not None:
+                window.close()
+        self._renderer = self._viewer = None
+
+    def _simulate(self, chunk: list[int], ticks: np.ndarray) -> None:
+        """Step the environments of one chunk; runs in a thread, and mj_step releases the interpreter lock."""
+        for i in chunk:
+            model, data = self.models[i], self.datas[i]
+            ctrl = data.ctrl
+            for target in ticks[i]:
+                ctrl[:] = target
+                mujoco.mj_step(model, data, self.physics_steps)
+            mujoco.mj_kinematics(model, data)  # mj_step leaves the positions of its last substep's start
+            self._read_state(i)
+
+    def _read_state(self, i: int) -> None:
+        data = self.datas[i]
+        self._qpos[i] = data.qpos
+        self._qvel[i] = data.qvel
+        self._fingertip[i] = data.site_xpos[self._fingertip_site]
+
+    def _reset_one(self, i: int) -> None:
+        """Draw a new episode for environment i."""
+        draw = self._rngs[i].uniform(-1.0, 1.0, 6) * self.randomize_scales  # type: ignore[union-attr]
+        model, data = self.models[i], self.datas[i]
+        nominal = self._nominal
+        model.pair_friction[self._sheet_pair] = nominal.pair_friction[self._sheet_pair] * (1.0 + draw[3])
+        model.pair_friction[self._finger_pairs] = nominal.pair_friction[self._finger_pairs] * (1.0 + draw[4])
+        model.body_mass[self._sheet_body] = nominal.body_mass[self._sheet_body] * (1.0 + draw[5])
+        model.body_inertia[self._sheet_body] = nominal.body_inertia[self._sheet_body] * (1.0 + draw[5])
+        mujoco.mj_setConst(model, data)  # what MuJoCo derives from the masses
+        mujoco.mj_resetData(model, data)
+        data.qpos[:] = self._home_qpos
+        data.qpos[6:8] += draw[:2]
+        data.qpos[9], data.qpos[12] = np.cos(draw[2] / 2.0), np.sin(draw[2] / 2.0)
+        data.ctrl[:] = self._home_ctrl
+        mujoco.mj_kinematics(model, data)
+        self._read_state(i)
+        self._joint_target[i] = self._home_ctrl
+        self._tape_half_size[i] = self.tape_half_size
+        self._hold_counter[i] = self._episode_steps[i] = 0
+
+    def _sheet_axes(self) -> tuple[np.ndarray, np.ndarray]:
+        """The sheet's long and short axis in the world, (num_envs, 3) each."""
+        w, x, y, z = self._qpos[:, 9:13].T
+        long_axis = np.stack([1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y)], axis=1)
+        short_axis = np.stack([2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x)], axis=1)
+        return long_axis, short_axis
+
+    def _is_inside(self) -> np.ndarray:
+        """Whether all four corners lie on the table inside the tape, (num_envs,) bool."""
+        long_axis, short_axis = self._sheet_axes()
+        a, b = SHEET_HALF_SIZE[0] * long_axis, SHEET_HALF_SIZE[1] * short_axis
+        corners = self._qpos[:, None, 6:9] + np.stack([a + b, a - b, -a + b, -a - b], axis=1)  # (num_envs, 4, 3)
+        offset = np.abs(corners[:, :, :2] - SQUARE_POS).max(axis=(1, 2))
+        return (offset <= self._tape_half_size) & (corners[:, :, 2].max(axis=1) < FLAT_HEIGHT)
+
+    def _state_info(self) -> dict[str, np.ndarray]:
+        long_axis, _ = self._sheet_axes()
+        yaw = np.arctan2(long_axis[:, 1], long_axis[:, 0])
+        quarter = np.pi / 2
+        return {
+            "is_success": self._hold_counter >= self.hold_steps,
+            "dist_to_goal": np.linalg.norm(self._qpos[:, 6:8] - SQUARE_POS, axis=1),
+            "orientation_error": np.abs(yaw - quarter * np.round(yaw / quarter)),
+        }
+
+    def _reward_terms(self, infos: dict[str, np.ndarray], success: np.ndarray) -> dict[str, np.ndarray]:
+        return {
+            "success": self.success_weight * success,
+            "distance": self.distance_weight * infos["dist_to_goal"],
+            "orientation": self.orientation_weight * infos["orientation_error"],
+            "time": np.full(self.num_envs, self.time_weight),
+            "reach": self.reach_weight * np.linalg.norm(self._fingertip - self._qpos[:, 6:9], axis=1),
+        }
+
+    def _observe(self) -> np.ndarray:
+        long_axis, _ = self._sheet_axes()
+        norm = np.maximum(np.hypot(long_axis[:, 0], long_axis[:, 1]), 1e-9)
+        state = np.concatenate(
+            [
+                self._qpos[:, :6],
+                self._qvel[:, :6],
+                self._joint_target - self._qpos[:, :6],
+                self._qpos[:, 6:9],
+                long_axis[:, 1::-1] / norm[:, None],  # sine, cosine
+                SQUARE_POS - self._qpos[:, 6:8],
+                self._fingertip,
+                self._qpos[:, 6:8] - self._fingertip[:, :2],
+                self._tape_half_size[:, None],
+                self._hold_counter[:, None],
+            ],
+            axis=1,
+        )
+        return ((state - OBS_ZERO) * OBS_SCALE).astype(np.float32)
+
+
+class PaperSquareEnv(gym.Env):
+    """One environment of `PaperSquareVectorEnv`, which documents it and its arguments."""
+
+    metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 30}
+
+    def __init__(self, render_mode: str | None = None, **kwargs):
+        self.envs = PaperSquareVectorEnv(
+            1, render_mode=render_mode, num_threads=1, autoreset_mode=AutoresetMode.DISABLED, **kwargs
+        )
+        self.render_mode = render_mode
+        self.metadata = {**self.metadata, "render_fps": self.envs.metadata["render_fps"]}
+        self.action_space = self.envs.single_action_space
+        self.observation_space = self.envs.single_observation_space
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        """Start an episode; returns observation (obs_dim,) float32 and info."""
+        super().reset(seed=seed)
+        observations, infos = self.envs.reset(seed=[seed])
+        return observations[0], self._first(infos)
+
+    def step(self, action: np.ndarray):
+        """Advance one policy step with action (6,) in [-1, 1]."""
+        observations, rewards, terminations, truncations, infos = self.envs.step(np.asarray(action)[None])
+        return observations[0], float(rewards[0]), bool(terminations[0]), bool(truncations[0]), self._first(infos)
+
+    def render(self) -> np.ndarray | None:
+        """The image (height, width, 3) uint8, or None in mode "human"."""
+        frames = self.envs.render()
+        return None if frames is None else frames[0]
+
+    def close(self) -> None:
+        self.envs.close()
+
+    @staticmethod
+    def _first(infos: dict) -> dict:
+        return {key: value[0].item() for key, value in infos.items() if not key.startswith("_")}
+
+
+def make_renderer(model: mujoco.MjModel, height: int, width: int) -> mujoco.Renderer:
+    """An offscreen renderer; without a display and MUJOCO_GL, on whichever of EGL and OSMesa works here."""
+    has_display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if platform.system() == "Linux" and not has_display and not os.environ.get("MUJOCO_GL"):
+        for backend in ("egl", "osmesa"):
+            # In a process of its own: a backend that fails leaves PyOpenGL bound to it.
+            probe = f"import mujoco.{backend} as gl; context = gl.GLContext(8, 8); context.make_current()"
+            environment = {**os.environ, "MUJOCO_GL": backend, "PYOPENGL_PLATFORM": backend}
+            if subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True).returncode == 0:
+                break
+        else:
+            raise RuntimeError(
+                "headless rendering needs EGL or OSMesa, and neither works here; on Debian or Ubuntu: "
+                "apt-get install libegl1 libgl1-mesa-dri (or libosmesa6)"
+            )
+        os.environ["MUJOCO_GL"] = os.environ["PYOPENGL_PLATFORM"] = backend
+        # mujoco chose its context class when it was imported
+        importlib.import_module("mujoco.rendering.classic.gl_context").GLContext = importlib.import_module(
+            f"mujoco.{backend}"
+        ).GLContext
+    renderer = mujoco.Renderer(model, height, width)
+    atexit.register(renderer.close)  # later, the interpreter would free the context under it
+    return renderer
+
+
+gym.register(
+    "PaperSquare-v0",
+    entry_point="env_paper_square:PaperSquareEnv",
+    vector_entry_point="env_paper_square:PaperSquareVectorEnv",
+)
+
+
+if __name__ == "__main__":
+    num_envs, num_steps = 64, 800
+    envs = PaperSquareVectorEnv(num_envs)
+    rng = np.random.default_rng(0)
+    observations, infos = envs.reset(seed=0)
+    print(f"PaperSquare-v0: observation {observations.shape}, action {envs.action_space.shape}")
+    start, episodes, successes, return_sum = time.perf_counter(), 0, 0, 0.0
+    moved = np.zeros(num_envs)
+    for _ in range(num_steps):
+        before = infos["dist_to_goal"]
+        observations, rewards, terminations, truncations, infos = envs.step(rng.uniform(-1.0, 1.0, (num_envs, 6)))
+        done = terminations | truncations
+        moved[~done] += np.abs(infos["dist_to_goal"] - before)[~done]
+        episodes, successes = episodes + done.sum(), successes + terminations.sum()
+        return_sum += rewards.sum()
+    seconds = time.perf_counter() - start
+    print(f"random actions: {num_envs * num_steps} steps, {episodes} episodes ended, {successes} in success")
+    print(f"mean return {return_sum / max(episodes, 1):.1f}; the sheets moved {1000 * moved.mean():.0f} mm each")
+    print(f"{num_envs * num_steps / seconds:,.0f} steps/s on {os.cpu_count()} cores")
