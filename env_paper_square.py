@@ -84,18 +84,18 @@ class PaperSquareVectorEnv(VectorEnv):
     `Box(-inf, inf, (32,), float32)`, at the slices `OBS[name]`: the value in the unit below, minus where it is zero,
     times a scale, so that every entry is of order one. `to_si(obs)` gives the values back.
 
-    | rows  | name               | content                                            | unit  | zero at       | scale       |
-    |-------|--------------------|----------------------------------------------------|-------|---------------|-------------|
-    | 0-5   | joint_pos          | joint angles                                       | rad   | home          | 3           |
-    | 6-11  | joint_vel          | joint velocities                                   | rad/s | 0             | 5           |
-    | 12-17 | joint_target_error | joint target minus joint angle                     | rad   | 0             | 200         |
-    | 18-20 | sheet_pos          | centre of the sheet                                | m     | 0.19, 0, 0    | 10          |
-    | 21-22 | sheet_yaw          | sine and cosine of the sheet's yaw                 | -     | 0, 1          | 4           |
-    | 23-24 | sheet_to_square    | from the sheet's to the square's centre, xy        | m     | 0             | 30          |
-    | 25-27 | fingertip_pos      | centre of the fixed fingertip                      | m     | 0.19, 0, 0.01 | 10, 10, 100 |
-    | 28-29 | fingertip_to_sheet | from the fixed fingertip to the sheet's centre, xy | m     | 0             | 30          |
-    | 30    | tape_half_size     | half the inside width of the tape square           | m     | 0.08          | 50          |
-    | 31    | hold_counter       | steps in a row inside the tape                     | steps | 0             | 0.5         |
+    | rows  | name               | content                                  | unit  | zero at       | scale       |
+    |-------|--------------------|------------------------------------------|-------|---------------|-------------|
+    | 0-5   | joint_pos          | joint angles                             | rad   | home          | 3           |
+    | 6-11  | joint_vel          | joint velocities                         | rad/s | 0             | 5           |
+    | 12-17 | joint_target_error | joint target minus joint angle           | rad   | 0             | 200         |
+    | 18-20 | sheet_pos          | centre of the sheet                      | m     | 0.19, 0, 0    | 10          |
+    | 21-22 | sheet_yaw          | sine and cosine of the sheet's yaw       | -     | 0, 1          | 4           |
+    | 23-24 | sheet_to_square    | sheet's centre to square's centre, xy    | m     | 0             | 30          |
+    | 25-27 | fingertip_pos      | centre of the fixed fingertip            | m     | 0.19, 0, 0.01 | 10, 10, 100 |
+    | 28-29 | fingertip_to_sheet | fixed fingertip to sheet's centre, xy    | m     | 0             | 30          |
+    | 30    | tape_half_size     | half the inside width of the tape square | m     | 0.08          | 50          |
+    | 31    | hold_counter       | steps in a row inside the tape           | steps | 0             | 0.5         |
 
     ## Rewards
     The sum of the terms; `info["reward/<term>"]` holds each, weighted and signed.
