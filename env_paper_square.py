@@ -216,6 +216,9 @@ class PaperSquareVectorEnv(VectorEnv):
         self._qpos = np.zeros((num_envs, nominal.nq))
         self._qvel = np.zeros((num_envs, nominal.nv))
         self._fingertip = np.zeros((num_envs, 3))
+        self.fingertip_force = np.zeros(
+            (num_envs, 2)
+        )  # normal force on fixed and moving fingertip at the step's end, N
         self._joint_target = np.zeros((num_envs, 6))
         self._tape_half_size = np.zeros(num_envs)
         self._hold_counter = np.zeros(num_envs, dtype=np.int64)
@@ -361,6 +364,7 @@ class PaperSquareVectorEnv(VectorEnv):
         self._qpos[i] = data.qpos
         self._qvel[i] = data.qvel
         self._fingertip[i] = data.site_xpos[self._fingertip_site]
+        self.fingertip_force[i] = data.sensordata
 
     def _reset_one(self, i: int) -> None:
         """Draw a new episode for environment i."""

@@ -1,0 +1,331 @@
+"""Evaluate policies on held-out episodes: every policy plays the same ones, by its mean action.
+
+    python eval.py --policy jacobian                                          # a base policy needs no checkpoint
+    python eval.py --model-path runs/NAME/last.pt --compare-base --save-video
+
+Prints one table and writes results.json. Also holds what the training scripts evaluate with: `play_episodes`,
+`summarize`, `format_table`, `load_checkpoint`.
+"""
+
+import importlib
+import json
+import pickle
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+import tyro
+from gymnasium.vector import AutoresetMode
+from scipy.stats import binomtest
+from tqdm import tqdm
+
+from base_policies import make_base_policy
+from env_paper_square import OBS, PaperSquareVectorEnv
+
+SCRIPTS = ("ppo_residual",)  # that a checkpoint may come from
+VALIDATION_SEED = 1_000_000  # episodes that training evaluates on as it goes
+TEST_SEED = 2_000_000  # episodes that results are reported on
+
+
+@dataclass
+class Args:
+    model_path: tuple[str, ...] = ()
+    """checkpoints to evaluate, one or several"""
+    policy: tuple[str, ...] = ()
+    """policies without a checkpoint: zero, random, jacobian, hybrid"""
+    compare_base: bool = False
+    """also play the base policy of each checkpoint alone"""
+    compare_zero: bool = False
+    """also play the zero policy"""
+    compare_random: bool = False
+    """also play uniformly random actions"""
+    n_episodes: int = 100
+    """episodes that every policy plays"""
+    seed: int = TEST_SEED
+    """seed of the first episode; episode k has seed + k"""
+    stochastic: bool = False
+    """sample the actions of checkpoints instead of taking the mean"""
+    num_envs: int = 64
+    """environments stepped together"""
+    plot: bool = False
+    """write results.png"""
+    save_video: bool = False
+    """write an MP4 per video episode, all policies side by side"""
+    video_episodes: int = 3
+    """episodes to film, from the first"""
+    camera: str = "side"
+    """camera to film with: top, side or wrist"""
+    render: bool = False
+    """play in MuJoCo's viewer, in real time, instead of evaluating"""
+    output_dir: str = "eval_results"
+    """folder for results.json, results.png and the videos"""
+
+
+class RandomPolicy:
+    """Uniformly random actions, the same ones whenever it starts anew."""
+
+    def __init__(self, seed: int = 0):
+        self.rng = np.random.default_rng(seed)
+
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        return self.rng.uniform(-1.0, 1.0, (len(obs), 6))
+
+    def reset(self, mask: np.ndarray) -> None:
+        pass
+
+
+def fail(message: str) -> NoReturn:
+    """End the program for a user's mistake: one line on stderr, exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def play_episodes(policy, seeds: Sequence[int], env_kwargs: dict, num_envs: int = 64, progress: str = "") -> dict:
+    """Play one episode per seed to its end; returns arrays (len(seeds),) by name, in the order of the seeds.
+
+    `forces` is apart: the normal force of every fingertip in contact at every step, N, pooled.
+    """
+    num_envs = min(num_envs, len(seeds))
+    envs = PaperSquareVectorEnv(num_envs, autoreset_mode=AutoresetMode.DISABLED, **env_kwargs)
+    names = ("success", "return", "length", "final_distance_m", "final_yaw_error_rad", "residual_norm")
+    episodes = {name: np.zeros(len(seeds)) for name in names}
+    forces = []
+    playing = np.arange(num_envs)  # the episode that each environment plays
+    active = np.ones(num_envs, dtype=bool)
+    waiting = num_envs  # the next episode to start
+    obs, _ = envs.reset(seed=[int(seed) for seed in seeds[:num_envs]])
+    policy.reset(active)
+    bar = tqdm(total=len(seeds), desc=progress, unit="ep", leave=False, disable=not progress)
+    while active.any():
+        obs, rewards, terminations, truncations, infos = envs.step(policy(obs))
+        episodes["return"][playing[active]] += rewards[active]
+        episodes["length"][playing[active]] += 1
+        residual_action = getattr(policy, "residual_action", None)  # (num_envs, 6)
+        if residual_action is not None:
+            episodes["residual_norm"][playing[active]] += np.linalg.norm(residual_action[active], axis=1)
+        forces.append(envs.fingertip_force[active & (envs.fingertip_force.max(axis=1) > 0)].max(axis=1))
+
+        ended = np.flatnonzero((terminations | truncations) & active)
+        if len(ended) == 0:
+            continue
+        bar.update(len(ended))
+        episodes["success"][playing[ended]] = terminations[ended]
+        episodes["final_distance_m"][playing[ended]] = infos["dist_to_goal"][ended]
+        episodes["final_yaw_error_rad"][playing[ended]] = infos["orientation_error"][ended]
+        restarted = ended[: len(seeds) - waiting]
+        active[ended[len(restarted) :]] = False  # nothing left to play
+        if len(restarted):
+            playing[restarted] = waiting + np.arange(len(restarted))
+            waiting += len(restarted)
+            mask = np.isin(np.arange(num_envs), restarted)
+            obs, _ = envs.reset(seed=[int(seeds[k]) for k in playing], options={"reset_mask": mask})
+            policy.reset(mask)
+    bar.close()
+    envs.close()
+    episodes["residual_norm"] /= episodes["length"]
+    return {**episodes, "seed": np.asarray(seeds), "forces": np.concatenate(forces), "policy_hz": 30}
+
+
+def summarize(episodes: dict) -> dict:
+    """The row of results.json for what `play_episodes` returned; the interval is Wilson's, 95 %."""
+    success = episodes["success"].astype(bool)
+    interval = binomtest(int(success.sum()), len(success)).proportion_ci(method="wilson")
+    times = episodes["length"][success] / episodes["policy_hz"]
+    forces = episodes["forces"]
+    columns = ("seed", "success", "return", "length", "final_distance_m", "final_yaw_error_rad")
+    rows = zip(*(episodes[name].tolist() for name in columns), strict=True)
+    return {
+        "success_rate": float(success.mean()),
+        "ci95": [float(interval.low), float(interval.high)],
+        "mean_return": float(episodes["return"].mean()),
+        "mean_length": float(episodes["length"].mean()),
+        "median_time_to_success_s": float(np.median(times)) if len(times) else None,
+        "mean_final_distance_m": float(episodes["final_distance_m"].mean()),
+        "mean_residual_norm": float(episodes["residual_norm"].mean()),
+        "fingertip_force_n": {"median": float(np.median(forces)), "max": float(forces.max())} if len(forces) else None,
+        "episodes": [
+            dict(zip(columns, (int(row[0]), bool(row[1]), row[2], int(row[3]), *row[4:]), strict=True)) for row in rows
+        ],
+    }
+
+
+def format_table(results: dict[str, dict]) -> str:
+    """Policies by name, as `summarize` returns them, as a table of plain text."""
+    lines = [["policy", "success", "95 % interval", "return", "time to success", "final distance", "force med/max"]]
+    for name, row in results.items():
+        low, high = row["ci95"]
+        time, force = row["median_time_to_success_s"], row["fingertip_force_n"]
+        lines.append(
+            [
+                name,
+                f"{100 * row['success_rate']:.1f} %",
+                f"{100 * low:.1f} to {100 * high:.1f} %",
+                f"{row['mean_return']:.1f}",
+                "-" if time is None else f"{time:.1f} s",
+                f"{1000 * row['mean_final_distance_m']:.0f} mm",
+                "-" if force is None else f"{force['median']:.1f}/{force['max']:.1f} N",
+            ]
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([rows[0], "-" * len(rows[0]), *rows[1:]])
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Read a checkpoint of one of the training scripts, without executing anything in it.
+
+    Raises ValueError, with one line for the user, if the file is missing or is not such a checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no checkpoint at {path}: give the .pt file that a training script wrote under runs/")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a checkpoint of this project (cannot be read: {reason[:100]})") from error
+    expected = {"script", "args", "model", "env_kwargs", "global_step", "obs_names"}
+    if not isinstance(checkpoint, dict) or not expected <= checkpoint.keys():
+        raise ValueError(f"{path} is not a checkpoint of this project: it lacks {', '.join(sorted(expected))}")
+    if checkpoint["script"] not in SCRIPTS:
+        raise ValueError(f"{path} comes from an unknown script: expected one of {', '.join(SCRIPTS)}")
+    if checkpoint["obs_names"] != list(OBS):
+        raise ValueError(
+            f"{path} was trained on other observations: {', '.join(checkpoint['obs_names'])}; train it anew"
+        )
+    return checkpoint
+
+
+def load_policies(args: Args) -> tuple[dict, dict]:
+    """The policies that the flags ask for, by name, and the environment arguments of each."""
+    policies, env_kwargs = {}, {}
+    for path in args.model_path:
+        checkpoint = load_checkpoint(path)
+        script = importlib.import_module(checkpoint["script"])
+        name = f"{Path(path).parent.name}/{Path(path).stem}"
+        policies[name] = script.make_policy(checkpoint, sample=args.stochastic)
+        env_kwargs[name] = checkpoint["env_kwargs"]
+        if args.compare_base:
+            base_name = f"base {checkpoint['args']['base_policy']}"
+            if env_kwargs.get(base_name, env_kwargs[name]) != env_kwargs[name]:
+                base_name = f"{base_name} of {name}"
+            policies[base_name] = script.make_policy(checkpoint).base_policy
+            env_kwargs[base_name] = env_kwargs[name]
+    names = [*args.policy, *["zero"] * args.compare_zero, *["random"] * args.compare_random]
+    for name in names:
+        policies[name] = RandomPolicy() if name == "random" else make_base_policy(name)
+        env_kwargs[name] = next(iter(env_kwargs.values()), {})
+    if not policies:
+        raise ValueError("nothing to evaluate: give --model-path CHECKPOINT or --policy jacobian")
+    return policies, env_kwargs
+
+
+def plot_results(results: dict[str, dict], path: Path, half_width_m: float = 0.006) -> None:
+    """Success with its interval, time to success, and where the failures end, as one figure."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (bars, times, finals) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for k, (name, row) in enumerate(results.items()):
+        rate, (low, high) = row["success_rate"], row["ci95"]
+        bars.bar(k, rate, color=f"C{k}", yerr=[[max(rate - low, 0)], [max(high - rate, 0)]], capsize=4)
+        episodes = row["episodes"]
+        seconds = sorted(episode["length"] / 30 for episode in episodes if episode["success"])
+        times.step([0, *seconds], np.arange(len(seconds) + 1) / len(episodes), where="post", color=f"C{k}", label=name)
+        distances = [1000 * episode["final_distance_m"] for episode in episodes]
+        yaws = [np.degrees(episode["final_yaw_error_rad"]) for episode in episodes]
+        finals.scatter(distances, yaws, s=8, color=f"C{k}", alpha=0.6, label=name)
+    bars.set(ylabel="success rate", ylim=(0, 1.05), xticks=range(len(results)))
+    bars.set_xticklabels(list(results), rotation=15)
+    times.set(xlabel="time, s", ylabel="share of episodes solved", ylim=(0, 1.05))
+    times.legend(fontsize="small")
+    finals.axvline(1000 * half_width_m, color="grey", linestyle=":")
+    finals.set(xlabel="final distance, mm (dotted: clearance)", ylabel="final yaw error, deg", xscale="symlog")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def film_episode(policies: dict, env_kwargs: dict, seed: int, camera: str, path: Path, stride: int = 2) -> None:
+    """Write an MP4 of one episode, the policies side by side, each with its name and outcome."""
+    import imageio
+    from PIL import Image, ImageDraw
+
+    films = []
+    for name, policy in policies.items():
+        envs = PaperSquareVectorEnv(
+            1, autoreset_mode=AutoresetMode.DISABLED, render_mode="rgb_array", camera=camera, **env_kwargs[name]
+        )
+        obs, _ = envs.reset(seed=[seed])
+        policy.reset(np.ones(1, dtype=bool))
+        frames, step, ended = [], 0, False
+        while not ended:
+            if step % stride == 0:
+                frames.append(envs.render_frame())
+            obs, _, terminations, truncations, _ = envs.step(policy(obs))
+            step, ended = step + 1, bool(terminations[0] or truncations[0])
+        frames.append(envs.render_frame())
+        for k, frame in enumerate(frames):
+            outcome = "" if k + 1 < len(frames) else (": success" if terminations[0] else ": failure")
+            picture = Image.fromarray(frame)
+            text = f"{name}  {min(k * stride, step) / 30:.1f} s{outcome}"
+            ImageDraw.Draw(picture).text((12, 8), text, fill=(20, 20, 20), font_size=20)
+            frames[k] = np.asarray(picture)
+        films.append(frames)
+        envs.close()
+    longest = max(len(frames) for frames in films)
+    films = [frames + [frames[-1]] * (longest + 15 - len(frames)) for frames in films]
+    with imageio.get_writer(path, fps=30 // stride, macro_block_size=8) as writer:
+        for pictures in zip(*films, strict=True):
+            writer.append_data(np.concatenate(pictures, axis=1))
+
+
+def watch(policies: dict, env_kwargs: dict, seeds: Sequence[int]) -> None:
+    """Play the episodes in MuJoCo's viewer, one policy after the other."""
+    for name, policy in policies.items():
+        envs = PaperSquareVectorEnv(1, autoreset_mode=AutoresetMode.DISABLED, render_mode="human", **env_kwargs[name])
+        for seed in seeds:
+            obs, _ = envs.reset(seed=[int(seed)])
+            policy.reset(np.ones(1, dtype=bool))
+            ended = False
+            while not ended:
+                obs, _, terminations, truncations, _ = envs.step(policy(obs))
+                ended = bool(terminations[0] or truncations[0])
+            print(f"{name}, episode {seed}: {'success' if terminations[0] else 'failure'}")
+        envs.close()
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    if args.n_episodes < 1 or args.num_envs < 1 or args.video_episodes < 1 or args.seed < 0:
+        fail("--n-episodes, --num-envs and --video-episodes must be at least 1, and --seed not negative")
+    output_dir = Path(args.output_dir)
+    try:
+        policies, env_kwargs = load_policies(args)
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except (ValueError, NotImplementedError, OSError) as error:
+        fail(str(error))
+    torch.set_num_threads(1)  # the cores are for the physics
+    seeds = range(args.seed, args.seed + args.n_episodes)
+    if args.render:
+        watch(policies, env_kwargs, seeds)
+        sys.exit()
+
+    results = {}
+    for name, policy in policies.items():
+        results[name] = summarize(play_episodes(policy, seeds, env_kwargs[name], args.num_envs, progress=name))
+    print(format_table(results))
+    (output_dir / "results.json").write_text(json.dumps({"policies": results, "args": asdict(args)}, indent=1) + "\n")
+    print(f"wrote {output_dir / 'results.json'}")
+    if args.plot:
+        plot_results(results, output_dir / "results.png")
+        print(f"wrote {output_dir / 'results.png'}")
+    if args.save_video:
+        for seed in tqdm(seeds[: args.video_episodes], desc="filming", unit="ep", leave=False):
+            film_episode(policies, env_kwargs, seed, args.camera, output_dir / f"episode_{seed}.mp4")
+            print(f"wrote {output_dir / f'episode_{seed}.mp4'}")
