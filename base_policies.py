@@ -187,6 +187,7 @@ class HybridPolicy:
             return np.tensordot(self.weights, actions, axes=1)
         to_square = to_si(obs)[:, OBS["sheet_to_square"]]
         progress = 1.0 - np.linalg.norm(to_square, axis=1) / NOMINAL_WAY
+        progress = np.clip(progress, 0.0, np.nextafter(1.0, 0.0))  # a base of weight 0 gets no turn
         turn = np.searchsorted(np.cumsum(self.weights)[:-1], progress, side="right")  # (num_envs,), index of the base
         return actions[turn, np.arange(len(obs))]
 

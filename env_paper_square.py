@@ -158,7 +158,7 @@ class PaperSquareVectorEnv(VectorEnv):
     ):
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, found {num_envs}")
-        if policy_hz < 1 or physics_hz % control_hz or control_hz % policy_hz:
+        if min(physics_hz, control_hz, policy_hz) < 1 or physics_hz % control_hz or control_hz % policy_hz:
             raise ValueError(
                 "each rate must divide the one before it, as in physics 360, control 180, policy 30 Hz; "
                 f"found physics_hz={physics_hz}, control_hz={control_hz}, policy_hz={policy_hz}"

@@ -10,7 +10,6 @@ residual starts at zero, so training starts at the base's success rate.
 """
 
 import json
-import random
 import time
 from collections import defaultdict, deque
 from dataclasses import asdict, dataclass
@@ -319,8 +318,6 @@ if __name__ == "__main__":
     writer = SummaryWriter(run_dir)
     writer.add_text("args", "\n".join(["|flag|value|", "|-|-|", *(f"|{k}|{v}|" for k, v in asdict(args).items())]))
 
-    random.seed(args.seed)
-    np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.torch_threads)
 
