@@ -1,0 +1,388 @@
+"""The base policies: kinematics, one step of the controller, whole episodes, blends and the factory."""
+
+import mujoco
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from base_policies import (
+    BASE_POLICIES,
+    CONTACT_HEIGHT,
+    ArmKinematics,
+    HybridPolicy,
+    JacobianIKPolicy,
+    ZeroPolicy,
+    make_base_policy,
+)
+from env_paper_square import (
+    FINGERTIP,
+    OBS,
+    OBS_SCALE,
+    OBS_ZERO,
+    SCENE_PATH,
+    SQUARE_POS,
+    PaperSquareEnv,
+    PaperSquareVectorEnv,
+    to_si,
+)
+
+
+def edited(observations, **values):
+    """Observations with some entries replaced, given in SI units."""
+    observations = observations.copy()
+    for name, value in values.items():
+        observations[:, OBS[name]] = (np.asarray(value) - OBS_ZERO[OBS[name]]) * OBS_SCALE[OBS[name]]
+    return observations
+
+
+def first_observations(num_envs=1):
+    return PaperSquareVectorEnv(num_envs).reset(seed=0)[0]
+
+
+@pytest.fixture(scope="module")
+def met_observations():
+    """Observations (320, obs_dim) that the controller meets on its way, all phases among them, and shaken."""
+    envs, policy = PaperSquareVectorEnv(16), JacobianIKPolicy()
+    rng, met = np.random.default_rng(0), []
+    observations, _ = envs.reset(seed=0)
+    for step in range(200):
+        observations, *_ = envs.step(policy(observations) + rng.normal(0.0, 0.1, (16, 6)))
+        if step % 10 == 0:
+            met.append(observations)
+    return np.concatenate(met)
+
+
+# Kinematics
+
+
+def test_kinematics_are_those_of_the_model():
+    model = mujoco.MjModel.from_xml_path(str(SCENE_PATH))
+    data, site = mujoco.MjData(model), model.site(FINGERTIP).id
+    postures = np.random.default_rng(0).uniform(*model.actuator_ctrlrange.T, (50, 6))
+    positions, jacobians = ArmKinematics()(postures)
+    assert positions.shape == (50, 3) and jacobians.shape == (50, 3, 5)
+    for posture, position, jacobian in zip(postures, positions, jacobians, strict=True):
+        data.qpos[:6] = posture
+        mujoco.mj_kinematics(model, data)
+        mujoco.mj_comPos(model, data)
+        expected = np.zeros((3, model.nv))
+        mujoco.mj_jacSite(model, data, expected, None, site)
+        assert_allclose(position, data.site_xpos[site], rtol=0, atol=1e-9)
+        assert_allclose(jacobian, expected[:, :5], rtol=0, atol=1e-9)
+
+
+# One step of the Jacobian controller
+
+
+def test_action_has_the_shape_and_range_of_the_action_space(met_observations):
+    for policy in (JacobianIKPolicy(), JacobianIKPolicy(speed_limit=1.0, gain=1.0)):
+        actions = policy(met_observations)
+        assert actions.shape == (len(met_observations), 6)
+        assert np.isfinite(actions).all() and np.abs(actions).max() <= 1.0
+    assert np.abs(actions).max() == 1.0  # the faster one was clipped
+
+
+def test_gripper_stays_as_it_is(met_observations):
+    assert_array_equal(JacobianIKPolicy()(met_observations)[:, 5], 0.0)
+
+
+@pytest.mark.parametrize(("act_scale", "speed_limit"), [(0.02, 0.01), (0.05, 0.004)])
+def test_speed_limit_scales_the_whole_step(met_observations, act_scale, speed_limit):
+    limited = JacobianIKPolicy(act_scale=act_scale, speed_limit=speed_limit)(met_observations) * act_scale  # rad
+    free = JacobianIKPolicy(act_scale=100.0, speed_limit=np.inf)(met_observations) * 100.0
+    assert np.abs(limited).max() <= speed_limit + 1e-12
+    fast = np.abs(free).max(axis=1) > speed_limit
+    assert fast.sum() > 10 and (~fast).sum() > 10
+    assert_allclose(limited[~fast], free[~fast], rtol=0, atol=1e-12)
+    scale = speed_limit / np.abs(free[fast]).max(axis=1, keepdims=True)
+    assert_allclose(limited[fast], scale * free[fast], rtol=0, atol=1e-12)
+
+
+def test_rows_of_a_batch_do_not_see_each_other(met_observations):
+    policy = JacobianIKPolicy()
+    row_by_row = np.concatenate([policy(observation[None]) for observation in met_observations])
+    assert_array_equal(policy(met_observations), row_by_row)
+
+
+def test_errors_are_taken_at_the_joint_targets_not_at_the_joint_angles(met_observations):
+    """So a press cannot wind up: where the arm hangs behind its targets makes no difference to the command."""
+    policy, state = JacobianIKPolicy(), to_si(met_observations)
+    lag = np.random.default_rng(0).normal(0.0, 0.02, (len(state), 6))
+    lagging = edited(
+        met_observations,
+        joint_pos=state[:, OBS["joint_pos"]] - lag,
+        joint_target_error=state[:, OBS["joint_target_error"]] + lag,
+    )
+    assert_allclose(policy(lagging), policy(met_observations), rtol=0, atol=1e-3)
+    elsewhere = edited(met_observations, joint_target_error=state[:, OBS["joint_target_error"]] + lag)
+    assert np.abs(policy(elsewhere) - policy(met_observations)).max(axis=1).min() > 1e-2
+
+
+def test_policy_has_no_memory(met_observations):
+    policy = JacobianIKPolicy()
+    first = policy(met_observations)
+    policy.reset(np.ones(len(met_observations), dtype=bool))
+    assert_array_equal(policy(met_observations), first)
+
+
+# Phases
+
+
+def target_and_command(sheet, fingertip):
+    """The fingertip's target (3,) for a sheet (xy) and a fingertip (xyz), and where the arm is commanded, in m."""
+    policy = JacobianIKPolicy()
+    sheet, fingertip = np.asarray(sheet), np.asarray(fingertip)
+    observations = edited(
+        first_observations(),
+        sheet_pos=[*sheet, 0.0005],
+        sheet_to_square=SQUARE_POS - sheet,
+        fingertip_pos=fingertip,
+        fingertip_to_sheet=sheet - fingertip[:2],
+    )
+    commanded = fingertip + [0.001, -0.002, 0.0005]  # the servos lag a little
+    return policy.fingertip_target(to_si(observations), commanded[None])[0], commanded
+
+
+def assert_direction(vector, expected):
+    assert_allclose(vector / np.linalg.norm(vector), expected / np.linalg.norm(expected), atol=1e-3)
+
+
+SHEET = np.array([0.2, -0.08])
+HIGH, LOW = 0.025, CONTACT_HEIGHT
+
+
+def test_above_hovers_to_the_centre_of_the_sheet():
+    target, commanded = target_and_command(SHEET, [*(SHEET + [0.03, 0.04]), HIGH])
+    assert target[2] == JacobianIKPolicy().hover_height > CONTACT_HEIGHT + 0.01
+    assert_direction(target[:2] - commanded[:2], SHEET - commanded[:2])
+    assert np.linalg.norm(target[:2] - commanded[:2]) == pytest.approx(JacobianIKPolicy.LEAD)
+
+
+def test_press_goes_down_on_the_centre_of_the_sheet():
+    target, _ = target_and_command(SHEET, [*(SHEET + [0.002, -0.001]), HIGH])
+    assert target[2] == JacobianIKPolicy().press_height < CONTACT_HEIGHT
+    assert_allclose(target[:2], SHEET, atol=1e-6)  # nearer than the lead
+
+
+def test_drag_goes_the_way_of_the_sheet_and_stays_pressed():
+    target, commanded = target_and_command(SHEET, [*(SHEET + [0.004, -0.003]), LOW])
+    assert target[2] == JacobianIKPolicy().press_height
+    assert_direction(target[:2] - commanded[:2], SQUARE_POS - SHEET)
+    assert np.linalg.norm(target[:2] - commanded[:2]) == pytest.approx(JacobianIKPolicy.LEAD)
+
+
+def test_drag_slows_down_near_the_goal():
+    sheet = SQUARE_POS + [0.003, -0.004]
+    target, commanded = target_and_command(sheet, [*sheet, LOW])
+    assert_allclose(target[:2] - commanded[:2], SQUARE_POS - sheet, atol=1e-6)
+
+
+def test_lift_hovers_where_it_is_once_the_sheet_has_arrived():
+    for height in (LOW, HIGH):
+        sheet = SQUARE_POS + [0.002, -0.003]
+        target, commanded = target_and_command(sheet, [*(sheet + [0.02, 0.0]), height])
+        assert_array_equal(target[:2], commanded[:2])
+        assert target[2] == JacobianIKPolicy().hover_height
+
+
+@pytest.mark.parametrize(
+    ("offset", "height", "phase"),
+    [
+        (0.009, HIGH, "press"),
+        (0.011, HIGH, "above"),
+        (0.049, HIGH, "above"),
+        (0.009, LOW, "drag"),
+        (0.011, LOW, "drag"),  # a drag begun within 1 cm is held on to up to 5 cm
+        (0.049, LOW, "drag"),
+        (0.051, LOW, "above"),
+        (0.009, CONTACT_HEIGHT + 0.0012, "drag"),
+        (0.009, CONTACT_HEIGHT + 0.0018, "press"),
+        (0.03, CONTACT_HEIGHT + 0.0018, "above"),
+    ],
+)
+def test_drag_is_held_on_to_over_a_wider_radius_than_it_takes_to_begin(offset, height, phase):
+    target, commanded = target_and_command(SHEET, [*(SHEET + [offset, 0.0]), height])
+    policy = JacobianIKPolicy()
+    assert target[2] == (policy.hover_height if phase == "above" else policy.press_height)
+    way = SQUARE_POS - SHEET if phase == "drag" else SHEET - commanded[:2]
+    assert_direction(target[:2] - commanded[:2], way)
+
+
+def test_press_depth_and_hover_height_are_arguments():
+    policy = JacobianIKPolicy(press_depth=0.003, hover_height=0.04)
+    assert policy.press_height == pytest.approx(CONTACT_HEIGHT - 0.003)
+    state = to_si(first_observations())
+    assert policy.fingertip_target(state, state[:, OBS["fingertip_pos"]])[0, 2] == 0.04
+
+
+# Whole episodes
+
+
+def play_single(yaw):
+    env, policy = PaperSquareEnv(randomize=False), JacobianIKPolicy()
+    observation, _ = env.reset(seed=0)
+    env.envs.datas[0].qpos[[9, 12]] = np.cos(yaw / 2), np.sin(yaw / 2)
+    ended = False
+    while not ended:
+        observation, _, terminated, truncated, info = env.step(policy(observation[None])[0])
+        ended = terminated or truncated
+    return info
+
+
+def test_jacobian_policy_brings_a_straight_sheet_into_the_square():
+    assert play_single(yaw=0.0)["is_success"]
+
+
+@pytest.mark.parametrize("yaw", [0.25, -0.25])
+def test_jacobian_policy_centres_a_turned_sheet_and_leaves_it_turned(yaw):
+    info = play_single(yaw)
+    assert not info["is_success"]
+    assert info["dist_to_goal"] < 0.005
+    assert info["orientation_error"] > 0.12
+
+
+def test_jacobian_policy_half_solves_the_task_and_fails_for_the_right_reason():
+    num_envs = 64
+    envs, policy = PaperSquareVectorEnv(num_envs), JacobianIKPolicy()
+    observations, _ = envs.reset(seed=3_000_000)
+    ended, success = np.zeros(num_envs, dtype=bool), np.zeros(num_envs, dtype=bool)
+    distance, turned = np.zeros(num_envs), np.zeros(num_envs)
+    while not ended.all():
+        observations, _, terminations, truncations, infos = envs.step(policy(observations))
+        first = (terminations | truncations) & ~ended  # only each environment's first episode counts
+        if first.any():
+            final = infos["final_info"]
+            success[first] = final["is_success"][first]
+            distance[first] = final["dist_to_goal"][first]
+            turned[first] = final["orientation_error"][first]
+        ended |= first
+    assert 0.20 <= success.mean() <= 0.55
+    assert (distance > 0.02).mean() < 0.05  # not stuck
+    assert (turned[~success] > 0.05).all()
+
+
+# Zero, hybrid
+
+
+def test_zero_policy_holds_still():
+    policy = ZeroPolicy()
+    assert_array_equal(policy(first_observations(3)), np.zeros((3, 6)))
+    policy.reset(np.ones(3, dtype=bool))
+
+
+class ConstantPolicy:
+    """A base that always says the same and keeps the masks it was reset with."""
+
+    def __init__(self, value):
+        self.value, self.masks = value, []
+
+    def __call__(self, obs):
+        return np.full((len(obs), 6), self.value)
+
+    def reset(self, mask):
+        self.masks.append(mask)
+
+
+def observations_at(*distances):
+    """One observation per distance from the sheet to the square, in m."""
+    observations = first_observations(len(distances))
+    directions = np.stack([np.cos(np.arange(len(distances))), np.sin(np.arange(len(distances)))], axis=1)
+    return edited(observations, sheet_to_square=np.asarray(distances)[:, None] * directions)
+
+
+def test_blend_is_the_weighted_mean(met_observations):
+    jacobian = JacobianIKPolicy()
+    policy = HybridPolicy([jacobian, ConstantPolicy(0.5), ZeroPolicy()], [2.0, 1.0, 1.0])
+    expected = 0.5 * jacobian(met_observations) + 0.25 * 0.5
+    assert_allclose(policy(met_observations), expected, rtol=0, atol=1e-12)
+
+
+def test_weights_are_scaled_to_sum_to_one():
+    assert_allclose(HybridPolicy([ZeroPolicy()] * 3, [3, 1, 4]).weights, [0.375, 0.125, 0.5])
+
+
+def test_switch_takes_turns_by_the_way_of_the_sheet():
+    """Of the nominal 0.18 m, 20 % belong to the first base, 50 % to the second, 30 % to the third."""
+    policy = HybridPolicy([ConstantPolicy(v) for v in (0.1, 0.2, 0.3)], [2.0, 5.0, 3.0], "switch")
+    behind = np.array([0.0, 0.19, 0.21, 0.5, 0.69, 0.71, 1.0])
+    actions = policy(observations_at(*(0.18 * (1 - behind))))
+    assert actions.shape == (7, 6)
+    assert_array_equal(actions, np.repeat([[0.1], [0.1], [0.2], [0.2], [0.2], [0.3], [0.3]], 6, axis=1))
+
+
+def test_switch_begins_with_the_first_base_when_the_sheet_starts_farther_away():
+    policy = HybridPolicy([ConstantPolicy(0.1), ConstantPolicy(0.2)], [0.5, 0.5], "switch")
+    assert_array_equal(policy(observations_at(0.23, 0.5)), 0.1)
+
+
+@pytest.mark.parametrize("weights", [[1.0, 0.0], [0.0, 1.0]])
+def test_switch_never_asks_a_base_of_weight_zero(weights):
+    policy = HybridPolicy([ConstantPolicy(0.0), ConstantPolicy(1.0)], weights, "switch")
+    actions = policy(observations_at(0.001, 0.1, 0.18, 0.2, 0.24))  # a randomised sheet starts up to 0.24 m away
+    assert_array_equal(actions, weights[1])
+
+
+def test_hybrid_forwards_the_reset():
+    bases = [ConstantPolicy(0.0), ConstantPolicy(1.0)]
+    mask = np.array([True, False, True])
+    HybridPolicy(bases, [0.5, 0.5]).reset(mask)
+    for base in bases:
+        assert len(base.masks) == 1
+        assert_array_equal(base.masks[0], mask)
+
+
+@pytest.mark.parametrize(
+    ("count", "weights", "mode", "message"),
+    [
+        (2, [0.5, 0.5], "mixture", "hybrid mode must be .* found 'mixture'"),
+        (2, [1.0], "blend", "found 2 bases and 1 weights"),
+        (0, [], "blend", "found 0 bases"),
+        (2, [0.0, 0.0], "blend", "must not all be zero"),
+        (2, [-0.5, 1.5], "blend", "must not be negative"),
+        (2, [np.nan, 1.0], "blend", "hybrid weights"),
+        (2, [np.inf, 1.0], "switch", "hybrid weights"),
+    ],
+)
+def test_hybrid_refuses_what_it_cannot_use(count, weights, mode, message):
+    with pytest.raises(ValueError, match=message):
+        HybridPolicy([ZeroPolicy()] * count, weights, mode)
+
+
+# The factory
+
+
+def test_factory_builds_each_base_by_name():
+    assert BASE_POLICIES == ("zero", "jacobian", "hybrid", "il")
+    assert type(make_base_policy("zero")) is ZeroPolicy
+    jacobian = make_base_policy("jacobian", act_scale=0.05, gain=0.3)
+    assert type(jacobian) is JacobianIKPolicy
+    assert (jacobian.act_scale, jacobian.gain) == (0.05, 0.3)
+    assert type(make_base_policy("hybrid")) is HybridPolicy
+
+
+def test_factory_builds_the_bases_of_a_hybrid():
+    hybrid = make_base_policy(
+        "hybrid", hybrid_bases=("zero", "jacobian"), hybrid_weights=(3, 1), hybrid_mode="switch", act_scale=0.05
+    )
+    assert [type(policy) for policy in hybrid.policies] == [ZeroPolicy, JacobianIKPolicy]
+    assert hybrid.policies[1].act_scale == 0.05
+    assert hybrid.mode == "switch"
+    assert_allclose(hybrid.weights, [0.75, 0.25])
+
+
+def test_factory_names_the_choices_for_an_unknown_name():
+    for arguments in ({"name": "nonsense"}, {"name": "hybrid", "hybrid_bases": ("jacobian", "nonsense")}):
+        with pytest.raises(ValueError, match="'nonsense': choose from zero, jacobian, hybrid, il"):
+            make_base_policy(**arguments)
+
+
+def test_imitation_learned_base_is_an_error_until_it_can_be_loaded():
+    with pytest.raises(NotImplementedError, match="policy.pt"):
+        make_base_policy("il", il_checkpoint="policy.pt")
+    with pytest.raises(NotImplementedError):
+        make_base_policy("hybrid", hybrid_bases=("il", "zero"))
+
+
+def test_hybrid_inside_a_hybrid_is_an_error():
+    with pytest.raises(ValueError, match="hybrid cannot be one of its own bases"):
+        make_base_policy("hybrid", hybrid_bases=("jacobian", "hybrid"))
