@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import numpy as np
 import torch
@@ -54,11 +54,17 @@ class Args:
     plot: bool = False
     """write results.png"""
     save_video: bool = False
-    """write an MP4 per video episode, all policies side by side"""
+    """film the first episodes, all policies side by side"""
     video_episodes: int = 3
-    """episodes to film, from the first"""
-    camera: str = "side"
-    """camera to film with: top, side or wrist"""
+    """episodes to film"""
+    video_format: Literal["mp4", "webp"] = "mp4"
+    """format of the films; webp plays in a README"""
+    video_height: int = 480
+    """height of each picture, pixels"""
+    video_stride: int = 2
+    """steps between frames, at 30 steps per second"""
+    camera: Literal["top", "side", "wrist"] = "side"
+    """camera to film with"""
     render: bool = False
     """play in MuJoCo's viewer, in real time, instead of evaluating"""
     output_dir: str = "eval_results"
@@ -246,43 +252,57 @@ def plot_results(results: dict[str, dict], path: Path, half_width_m: float = 0.0
     times.set(xlabel="time, s", ylabel="share of episodes solved", ylim=(0, 1.05))
     times.legend(fontsize="small")
     finals.axvline(1000 * half_width_m, color="grey", linestyle=":")
-    finals.set(xlabel="final distance, mm (dotted: clearance)", ylabel="final yaw error, deg", xscale="symlog")
+    finals.set(
+        xlabel="final distance, mm (dotted: clearance along the sheet)", ylabel="final yaw error, deg", xscale="log"
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def film_episode(policies: dict, env_kwargs: dict, seed: int, camera: str, path: Path, stride: int = 2) -> None:
-    """Write an MP4 of one episode, the policies side by side, each with its name and outcome."""
+def check_rendering() -> None:
+    """Raise RuntimeError, with one line for the user, if offscreen rendering does not work here."""
+    envs = PaperSquareVectorEnv(1)
+    envs.reset(seed=0)
+    envs.render_frame()
+    envs.close()
+
+
+def film_episode(
+    policies: dict, env_kwargs: dict, seed: int, path: Path, camera: str = "side", height: int = 480, stride: int = 2
+) -> None:
+    """Film one episode, the policies side by side, each with its name and outcome; path ends in .mp4 or .webp."""
     import imageio
     from PIL import Image, ImageDraw
 
+    view = {"render_mode": "rgb_array", "camera": camera, "height": height, "width": 4 * height // 3}
     films = []
     for name, policy in policies.items():
-        envs = PaperSquareVectorEnv(
-            1, autoreset_mode=AutoresetMode.DISABLED, render_mode="rgb_array", camera=camera, **env_kwargs[name]
-        )
+        envs = PaperSquareVectorEnv(1, autoreset_mode=AutoresetMode.DISABLED, **view, **env_kwargs[name])
         obs, _ = envs.reset(seed=[seed])
         policy.reset(np.ones(1, dtype=bool))
-        frames, step, ended = [], 0, False
-        while not ended:
+        film, step, outcome = [], 0, ""
+        while not outcome:
             if step % stride == 0:
-                frames.append(envs.render_frame())
+                film.append((step, outcome, envs.render_frame()))
             obs, _, terminations, truncations, _ = envs.step(policy(obs))
-            step, ended = step + 1, bool(terminations[0] or truncations[0])
-        frames.append(envs.render_frame())
-        for k, frame in enumerate(frames):
-            outcome = "" if k + 1 < len(frames) else (": success" if terminations[0] else ": failure")
-            picture = Image.fromarray(frame)
-            text = f"{name}  {min(k * stride, step) / 30:.1f} s{outcome}"
-            ImageDraw.Draw(picture).text((12, 8), text, fill=(20, 20, 20), font_size=20)
-            frames[k] = np.asarray(picture)
-        films.append(frames)
+            step += 1
+            outcome = ": success" if terminations[0] else ": failure" if truncations[0] else ""
+        film.append((step, outcome, envs.render_frame()))
         envs.close()
-    longest = max(len(frames) for frames in films)
-    films = [frames + [frames[-1]] * (longest + 15 - len(frames)) for frames in films]
-    with imageio.get_writer(path, fps=30 // stride, macro_block_size=8) as writer:
-        for pictures in zip(*films, strict=True):
-            writer.append_data(np.concatenate(pictures, axis=1))
+        for k, (step, outcome, frame) in enumerate(film):
+            picture = Image.fromarray(frame)
+            text = f"{name}  {step / 30:.1f} s{outcome}"
+            ImageDraw.Draw(picture).text((12, 8), text, fill=(20, 20, 20), font_size=height // 24)
+            film[k] = np.asarray(picture)
+        films.append(film)
+    longest = max(len(film) for film in films)
+    films = [film + [film[-1]] * (longest + 15 - len(film)) for film in films]
+    pictures = [np.concatenate(frames, axis=1) for frames in zip(*films, strict=True)]
+    if path.suffix == ".webp":
+        first, *others = [Image.fromarray(picture) for picture in pictures]
+        first.save(path, save_all=True, append_images=others, duration=1000 * stride // 30, loop=0, quality=60)
+    else:
+        imageio.mimwrite(path, pictures, fps=30 // stride, macro_block_size=8)
 
 
 def watch(policies: dict, env_kwargs: dict, seeds: Sequence[int]) -> None:
@@ -307,13 +327,18 @@ if __name__ == "__main__":
     output_dir = Path(args.output_dir)
     try:
         policies, env_kwargs = load_policies(args)
+        if args.save_video:
+            check_rendering()
         output_dir.mkdir(parents=True, exist_ok=True)
-    except (ValueError, NotImplementedError, OSError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         fail(str(error))
     torch.set_num_threads(1)  # the cores are for the physics
     seeds = range(args.seed, args.seed + args.n_episodes)
     if args.render:
-        watch(policies, env_kwargs, seeds)
+        try:
+            watch(policies, env_kwargs, seeds)
+        except RuntimeError as error:  # no display
+            fail(str(error))
         sys.exit()
 
     results = {}
@@ -327,5 +352,6 @@ if __name__ == "__main__":
         print(f"wrote {output_dir / 'results.png'}")
     if args.save_video:
         for seed in tqdm(seeds[: args.video_episodes], desc="filming", unit="ep", leave=False):
-            film_episode(policies, env_kwargs, seed, args.camera, output_dir / f"episode_{seed}.mp4")
-            print(f"wrote {output_dir / f'episode_{seed}.mp4'}")
+            path = output_dir / f"episode_{seed}.{args.video_format}"
+            film_episode(policies, env_kwargs, seed, path, args.camera, args.video_height, args.video_stride)
+            tqdm.write(f"wrote {path}")

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import env_paper_square  # noqa: F401  registers PaperSquare-v0
 from base_policies import make_base_policy
 from env_paper_square import OBS
-from eval import TEST_SEED, VALIDATION_SEED, fail, film_episode, format_table, play_episodes, summarize
+from eval import TEST_SEED, VALIDATION_SEED, check_rendering, fail, film_episode, format_table, play_episodes, summarize
 
 
 @dataclass
@@ -201,23 +201,21 @@ def layer_init(layer, std=np.sqrt(2), bias_const=0.0):
     return layer
 
 
+def mlp(input_dim, hidden_size, output_dim, std):
+    return nn.Sequential(
+        layer_init(nn.Linear(input_dim, hidden_size)),
+        nn.Tanh(),
+        layer_init(nn.Linear(hidden_size, hidden_size)),
+        nn.Tanh(),
+        layer_init(nn.Linear(hidden_size, output_dim), std=std),
+    )
+
+
 class Agent(nn.Module):
     def __init__(self, obs_dim, action_dim, hidden_size, init_std):
         super().__init__()
-        self.critic = nn.Sequential(
-            layer_init(nn.Linear(obs_dim, hidden_size)),
-            nn.Tanh(),
-            layer_init(nn.Linear(hidden_size, hidden_size)),
-            nn.Tanh(),
-            layer_init(nn.Linear(hidden_size, 1), std=1.0),
-        )
-        self.actor_mean = nn.Sequential(
-            layer_init(nn.Linear(obs_dim, hidden_size)),
-            nn.Tanh(),
-            layer_init(nn.Linear(hidden_size, hidden_size)),
-            nn.Tanh(),
-            layer_init(nn.Linear(hidden_size, action_dim), std=0.0),  # the residual starts at zero
-        )
+        self.critic = mlp(obs_dim, hidden_size, 1, std=1.0)
+        self.actor_mean = mlp(obs_dim, hidden_size, action_dim, std=0.0)  # the residual starts at zero
         self.actor_logstd = nn.Parameter(torch.full((1, action_dim), float(np.log(init_std))))
 
     def get_value(self, x):
@@ -307,8 +305,10 @@ if __name__ == "__main__":
         check_args(args)
         base_policy = make_base(args)
         eval_base_policy = make_base(args)
+        if args.capture_video:
+            check_rendering()
         run_dir.mkdir(parents=True)
-    except (ValueError, NotImplementedError, OSError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         fail(str(error))
     (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1) + "\n")
     if args.track:
@@ -381,7 +381,7 @@ if __name__ == "__main__":
     global_step = 0
     episode_returns = np.zeros(args.num_envs)
     episode_lengths = np.zeros(args.num_envs)
-    last_returns, last_lengths, last_successes = deque(maxlen=100), deque(maxlen=100), deque(maxlen=100)
+    last_episodes = defaultdict(lambda: deque(maxlen=100))
 
     next_obs, _ = envs.reset(seed=args.seed * args.num_envs)
     base_policy.reset(np.ones(args.num_envs, dtype=bool))
@@ -402,7 +402,7 @@ if __name__ == "__main__":
 
         # Rollout
         collect_start = time.perf_counter()
-        log_sums = defaultdict(float)
+        step_sums = defaultdict(float)
         for step in range(args.num_steps):
             global_step += args.num_envs
             obs[step] = next_x
@@ -436,21 +436,19 @@ if __name__ == "__main__":
             next_x = agent_input(next_obs, base_action, args.base_input)
 
             # Logging
-            log_sums["residual/penalty"] -= penalty.sum()
-            log_sums["residual/norm"] += np.linalg.norm(residual_action, axis=1).sum()
-            log_sums["residual/base_norm"] += np.linalg.norm(base_action, axis=1).sum()
+            step_sums["residual/penalty"] -= penalty.sum()
+            step_sums["residual/norm"] += np.linalg.norm(residual_action, axis=1).sum()
+            step_sums["residual/base_norm"] += np.linalg.norm(base_action, axis=1).sum()
             for info in (infos, infos.get("final_info", {})):
                 for key, term in info.items():
                     if key.startswith("reward/"):
-                        log_sums[key] += term.sum()
+                        step_sums[key] += term.sum()
             if done.any():
-                final_info = infos["final_info"]
-                last_returns.extend(episode_returns[done])
-                last_lengths.extend(episode_lengths[done])
-                last_successes.extend(terminations[done])
-                log_sums["episodes"] += done.sum()
-                log_sums["dist_to_goal"] += final_info["dist_to_goal"][done].sum()
-                log_sums["orientation_error"] += final_info["orientation_error"][done].sum()
+                last_episodes["rollout/ep_rew_mean"].extend(episode_returns[done])
+                last_episodes["rollout/ep_len_mean"].extend(episode_lengths[done])
+                last_episodes["residual/success_rate"].extend(terminations[done])
+                last_episodes["task/dist_to_goal"].extend(infos["final_info"]["dist_to_goal"][done])
+                last_episodes["task/orientation_error"].extend(infos["final_info"]["orientation_error"][done])
                 episode_returns[done] = episode_lengths[done] = 0
 
         # Advantages
@@ -462,7 +460,6 @@ if __name__ == "__main__":
         # Update
         b_obs, b_actions, b_logprobs = obs.flatten(0, 1), actions.flatten(0, 1), logprobs.flatten()
         b_advantages, b_returns, b_values = advantages.flatten(), returns.flatten(), values.flatten()
-        clipfracs = []
         for _epoch in range(args.update_epochs):
             b_inds = torch.randperm(batch_size)
             for mb_inds in b_inds.split(args.minibatch_size):
@@ -491,37 +488,32 @@ if __name__ == "__main__":
             old_approx_kl, approx_kl = -logratio.mean(), (ratio - 1.0 - logratio).mean()
             clipfrac = ((ratio - 1.0).abs() > args.clip_coef).float().mean()
             explained_var = 1.0 - (b_returns - b_values).var() / b_returns.var()
-        success_rate = np.mean(last_successes) if last_successes else 0.0
-        episodes = log_sums.pop("episodes", 0.0)
-        for key in ("dist_to_goal", "orientation_error"):
-            if episodes:
-                writer.add_scalar(f"task/{key}", log_sums.pop(key) / episodes, global_step)
-        for key, total in log_sums.items():
-            writer.add_scalar(key, total / batch_size, global_step)
-        if last_returns:
-            writer.add_scalar("rollout/ep_rew_mean", np.mean(last_returns), global_step)
-            writer.add_scalar("rollout/ep_len_mean", np.mean(last_lengths), global_step)
-            writer.add_scalar("residual/success_rate", success_rate, global_step)
-        writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
-        writer.add_scalar("charts/alpha", alpha, global_step)
-        writer.add_scalar("charts/tape_half_size", envs.tape_half_size, global_step)
-        writer.add_scalar("charts/std", agent.actor_logstd.exp().mean().item(), global_step)
-        writer.add_scalar("charts/SPS", batch_size / (now - collect_start), global_step)
-        writer.add_scalar("losses/value_loss", v_loss.item(), global_step)
-        writer.add_scalar("losses/policy_loss", pg_loss.item(), global_step)
-        writer.add_scalar("losses/entropy", entropy_loss.item(), global_step)
-        writer.add_scalar("losses/old_approx_kl", old_approx_kl.item(), global_step)
-        writer.add_scalar("losses/approx_kl", approx_kl.item(), global_step)
-        writer.add_scalar("losses/clipfrac", clipfrac.item(), global_step)
-        writer.add_scalar("losses/explained_variance", explained_var.item(), global_step)
-        writer.add_scalar("time/collect", update_start - collect_start, global_step)
-        writer.add_scalar("time/update", now - update_start, global_step)
+        scalars = {
+            **{key: np.mean(last) for key, last in last_episodes.items() if last},
+            **{key: total / batch_size for key, total in step_sums.items()},
+            "charts/learning_rate": optimizer.param_groups[0]["lr"],
+            "charts/alpha": alpha,
+            "charts/tape_half_size": envs.tape_half_size,
+            "charts/std": agent.actor_logstd.exp().mean().item(),
+            "charts/SPS": batch_size / (now - collect_start),
+            "losses/value_loss": v_loss.item(),
+            "losses/policy_loss": pg_loss.item(),
+            "losses/entropy": entropy_loss.item(),
+            "losses/old_approx_kl": old_approx_kl.item(),
+            "losses/approx_kl": approx_kl.item(),
+            "losses/clipfrac": clipfrac.item(),
+            "losses/explained_variance": explained_var.item(),
+            "time/collect": update_start - collect_start,
+            "time/update": now - update_start,
+        }
+        for key, scalar in scalars.items():
+            writer.add_scalar(key, scalar, global_step)
 
         if global_step >= next_eval or iteration == num_iterations:
             eval_success = evaluate(global_step)
             next_eval += args.eval_freq
         bar.update(batch_size)
-        bar.set_postfix(success=f"{success_rate:.2f}", eval=f"{eval_success:.2f}")
+        bar.set_postfix(success=f"{scalars.get('residual/success_rate', 0.0):.2f}", eval=f"{eval_success:.2f}")
     bar.close()
     envs.close()
     minutes = (time.perf_counter() - start_time) / 60
@@ -539,6 +531,6 @@ if __name__ == "__main__":
     print(format_table(results))
     (run_dir / "results.json").write_text(json.dumps({"policies": results, "args": asdict(args)}, indent=1) + "\n")
     if args.capture_video:
-        film_episode(policies, dict.fromkeys(policies, eval_kwargs), TEST_SEED, "side", run_dir / "episode.mp4")
+        film_episode(policies, dict.fromkeys(policies, eval_kwargs), TEST_SEED, run_dir / "episode.mp4")
     writer.close()
     print(f"wrote {run_dir}; watch it: python eval.py --model-path {run_dir}/last.pt --compare-base --save-video")
