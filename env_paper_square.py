@@ -216,6 +216,7 @@ class PaperSquareVectorEnv(VectorEnv):
         self._qpos = np.zeros((num_envs, nominal.nq))
         self._qvel = np.zeros((num_envs, nominal.nv))
         self._fingertip = np.zeros((num_envs, 3))
+        self.paused = np.zeros(num_envs, dtype=bool)  # set an entry, and that environment costs and does nothing
         self.fingertip_force = np.zeros(
             (num_envs, 2)
         )  # normal force on fixed and moving fingertip at the step's end, N
@@ -355,6 +356,8 @@ class PaperSquareVectorEnv(VectorEnv):
     def _simulate(self, chunk: list[int], ticks: np.ndarray) -> None:
         """Step the environments of one chunk; runs in a thread, and mj_step releases the interpreter lock."""
         for i in chunk:
+            if self.paused[i]:
+                continue
             model, data = self.models[i], self.datas[i]
             ctrl = data.ctrl
             for target in ticks[i]:

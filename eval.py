@@ -124,6 +124,7 @@ def play_episodes(policy, seeds: Sequence[int], env_kwargs: dict, num_envs: int 
         episodes["final_yaw_error_rad"][playing[ended]] = infos["orientation_error"][ended]
         restarted = ended[: len(seeds) - waiting]
         active[ended[len(restarted) :]] = False  # nothing left to play
+        envs.paused[:] = ~active
         if len(restarted):
             playing[restarted] = waiting + np.arange(len(restarted))
             waiting += len(restarted)

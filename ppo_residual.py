@@ -90,9 +90,9 @@ class Args:
     """environment steps to train for, over all environments"""
     num_envs: Annotated[int, tyro.conf.arg(aliases=["--n-envs"])] = 64
     """environments stepped together"""
-    num_steps: Annotated[int, tyro.conf.arg(aliases=["--n-steps"])] = 64
+    num_steps: Annotated[int, tyro.conf.arg(aliases=["--n-steps"])] = 32
     """steps of each environment per rollout"""
-    minibatch_size: Annotated[int, tyro.conf.arg(aliases=["--batch-size"])] = 1024
+    minibatch_size: Annotated[int, tyro.conf.arg(aliases=["--batch-size"])] = 512
     """samples per gradient step; must divide num_envs * num_steps"""
     update_epochs: Annotated[int, tyro.conf.arg(aliases=["--n-epochs"])] = 10
     """passes over each rollout, K"""
@@ -100,8 +100,8 @@ class Args:
     """step size of Adam"""
     anneal_lr: bool = True
     """anneal the step size linearly to zero"""
-    gamma: float = 0.99
-    """discount factor; the reward for turning the sheet comes a hundred steps late"""
+    gamma: float = 0.985
+    """discount factor; turning the sheet pays off a hundred steps later"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
     clip_coef: Annotated[float, tyro.conf.arg(aliases=["--clip-range"])] = 0.2
@@ -114,7 +114,7 @@ class Args:
     """factor on the rewards that PPO sees, so that returns are of order one"""
     hidden_size: int = 64
     """width of the two hidden layers"""
-    init_std: float = 0.6
+    init_std: float = 0.4
     """standard deviation of the exploration at the start, in units of the action"""
 
     # the residual

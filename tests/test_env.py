@@ -851,3 +851,16 @@ def test_single_environment_renders_an_image(rendered_envs):
     frame = env.render()
     assert frame.shape == (48, 64, 3) and frame.dtype == np.uint8 and frame.std() > 10
     env.close()
+
+
+def test_paused_environments_do_nothing_and_do_not_disturb_the_others():
+    envs, reference = (PaperSquareVectorEnv(2, autoreset_mode=AutoresetMode.DISABLED) for _ in range(2))
+    envs.reset(seed=0)
+    reference.reset(seed=0)
+    envs.paused[1] = True
+    before = envs.datas[1].time
+    for action in np.random.default_rng(0).uniform(-1, 1, (5, 2, 6)):
+        observations, *_ = envs.step(action)
+        expected, *_ = reference.step(action)
+    np.testing.assert_array_equal(observations[0], expected[0])
+    assert envs.datas[1].time == before
