@@ -64,10 +64,10 @@ class JacobianIKPolicy:
 
     | phase | when                                                             | target                         |
     |-------|------------------------------------------------------------------|--------------------------------|
-    | lift  | the sheet is within `LIFT_DISTANCE` of the square's centre       | hover where it is              |
+    | lift  | the sheet is within `CENTRED_DISTANCE` of the square's centre    | up, and over the sheet's centre |
     | drag  | the fingertip is low, and within `DRAG_RADIUS` of sheet's centre | on, by the sheet's way, pressed |
-    | press | the fingertip is within `PRESS_RADIUS` of the sheet's centre     | the sheet's centre, pressed    |
-    | above | otherwise                                                        | hover at the sheet's centre    |
+    | press | the fingertip is within `PRESS_RADIUS` of the sheet's centre     | the sheet's centre, pressed     |
+    | above | otherwise                                                        | hover at the sheet's centre     |
 
     A drag once begun is held on to over a wider radius than it takes to begin one (hysteresis). Five task rows for the
     five arm joints: the fingertip's position; the fingers' pitch, kept pointing down; their heading, kept from turning
@@ -79,10 +79,11 @@ class JacobianIKPolicy:
     (m), `speed_limit` (rad per step), `press_depth` (m), `hover_height` (m, of the fingertip's centre).
     """
 
-    LIFT_DISTANCE = 0.004  # m
+    CENTRED_DISTANCE = 0.004  # m
     PRESS_RADIUS = 0.01  # m
     DRAG_RADIUS = 0.05  # m
     LOW_HEIGHT = CONTACT_HEIGHT + 0.0015  # m
+    RELEASE_HEIGHT = CONTACT_HEIGHT + 0.0025  # m
     LEAD = 0.006  # m, how far ahead of the fingertip its target runs: height comes right before it gets there
     PITCH = np.pi / 2  # rad, straight down
     ANGLE_WEIGHT = 0.05  # m per rad, of pitch and heading against position
@@ -128,13 +129,14 @@ class JacobianIKPolicy:
         sheet, fingertip = state[:, OBS["sheet_pos"]][:, :2], state[:, OBS["fingertip_pos"]]
         to_square = state[:, OBS["sheet_to_square"]]
         offset = np.linalg.norm(fingertip[:, :2] - sheet, axis=1)
-        lift = np.linalg.norm(to_square, axis=1) < self.LIFT_DISTANCE
-        drag = ~lift & (fingertip[:, 2] < self.LOW_HEIGHT) & (offset < self.DRAG_RADIUS)
-        press = ~lift & ~drag & (offset < self.PRESS_RADIUS)
+        low = fingertip[:, 2] < self.LOW_HEIGHT
+        centred = np.linalg.norm(to_square, axis=1) < self.CENTRED_DISTANCE
+        drag = ~centred & low & (offset < self.DRAG_RADIUS)
+        press = ~centred & ~drag & (offset < self.PRESS_RADIUS)
 
-        way = np.where(drag[:, None], to_square, sheet - commanded[:, :2]) * ~lift[:, None]
+        way = np.where(drag[:, None], to_square, sheet - commanded[:, :2]) * ~(centred & low)[:, None]
         way *= np.minimum(1.0, self.LEAD / np.maximum(np.linalg.norm(way, axis=1, keepdims=True), 1e-9))
-        height = np.where(drag | press, self.press_height, self.hover_height)
+        height = np.select([drag | press, centred], [self.press_height, self.RELEASE_HEIGHT], self.hover_height)
         return np.concatenate([commanded[:, :2] + way, height[:, None]], axis=1)
 
     def reset(self, mask: np.ndarray) -> None:

@@ -39,7 +39,7 @@ OBS_ROWS = {
     "joint_vel": ([0.0] * 6, [5.0] * 6),
     "joint_target_error": ([0.0] * 6, [200.0] * 6),
     "sheet_pos": ([0.19, 0.0, 0.0], [10.0] * 3),
-    "sheet_yaw": ([0.0, 1.0], [4.0] * 2),
+    "sheet_yaw": ([0.0, 1.0], [10.0] * 2),
     "sheet_to_square": ([0.0] * 2, [30.0] * 2),
     "fingertip_pos": ([0.19, 0.0, 0.01], [10.0, 10.0, 100.0]),
     "fingertip_to_sheet": ([0.0] * 2, [30.0] * 2),
@@ -90,7 +90,7 @@ class PaperSquareVectorEnv(VectorEnv):
     | 6-11  | joint_vel          | joint velocities                         | rad/s | 0             | 5           |
     | 12-17 | joint_target_error | joint target minus joint angle           | rad   | 0             | 200         |
     | 18-20 | sheet_pos          | centre of the sheet                      | m     | 0.19, 0, 0    | 10          |
-    | 21-22 | sheet_yaw          | sine and cosine of the sheet's yaw       | -     | 0, 1          | 4           |
+    | 21-22 | sheet_yaw          | sine and cosine of the sheet's yaw       | -     | 0, 1          | 10          |
     | 23-24 | sheet_to_square    | sheet's centre to square's centre, xy    | m     | 0             | 30          |
     | 25-27 | fingertip_pos      | centre of the fixed fingertip            | m     | 0.19, 0, 0.01 | 10, 10, 100 |
     | 28-29 | fingertip_to_sheet | fixed fingertip to sheet's centre, xy    | m     | 0             | 30          |

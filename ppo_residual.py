@@ -100,7 +100,7 @@ class Args:
     """step size of Adam"""
     anneal_lr: bool = True
     """anneal the step size linearly to zero"""
-    gamma: float = 0.985
+    gamma: float = 0.99
     """discount factor; turning the sheet pays off a hundred steps later"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
