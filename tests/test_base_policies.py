@@ -177,12 +177,14 @@ def test_drag_slows_down_near_the_goal():
     assert_allclose(target[:2] - commanded[:2], SQUARE_POS - sheet, atol=1e-6)
 
 
-def test_lift_hovers_where_it_is_once_the_sheet_has_arrived():
-    for height in (LOW, HIGH):
-        sheet = SQUARE_POS + [0.002, -0.003]
-        target, commanded = target_and_command(sheet, [*(sheet + [0.02, 0.0]), height])
-        assert_array_equal(target[:2], commanded[:2])
-        assert target[2] == JacobianIKPolicy().hover_height
+def test_lift_goes_straight_up_and_then_waits_just_over_the_centre_of_the_sheet():
+    sheet = SQUARE_POS + [0.002, -0.003]
+    target, commanded = target_and_command(sheet, [*(sheet + [0.02, 0.0]), LOW])
+    assert_array_equal(target[:2], commanded[:2])
+    assert target[2] == JacobianIKPolicy.RELEASE_HEIGHT > JacobianIKPolicy.LOW_HEIGHT
+    target, commanded = target_and_command(sheet, [*(sheet + [0.02, 0.0]), HIGH])
+    assert_direction(target[:2] - commanded[:2], [-1.0, 0.0])
+    assert target[2] == JacobianIKPolicy.RELEASE_HEIGHT
 
 
 @pytest.mark.parametrize(
