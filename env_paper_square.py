@@ -225,9 +225,8 @@ class PaperSquareVectorEnv(VectorEnv):
         self._hold_counter = np.zeros(num_envs, dtype=np.int64)
         self._episode_steps = np.zeros(num_envs, dtype=np.int64)
         num_threads = min(num_threads or os.cpu_count() or 1, num_envs)
-        self._chunks = np.array_split(np.arange(num_envs), min(num_envs, 4 * num_threads if num_threads > 1 else 1))
-        self._chunks = [chunk.tolist() for chunk in self._chunks]
-        self._pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
+        self._chunks = [chunk.tolist() for chunk in np.array_split(np.arange(num_envs), num_threads)]
+        self._pool = ThreadPoolExecutor(num_threads - 1) if num_threads > 1 else None  # the caller is a thread too
         self._renderer = self._viewer = self._scene = self._scene_data = None
 
     def reset(self, *, seed: int | list[int | None] | None = None, options: dict | None = None):
@@ -269,10 +268,10 @@ class PaperSquareVectorEnv(VectorEnv):
         )
         fractions = np.arange(1, self.control_ticks + 1)[:, None, None] / self.control_ticks
         ticks = (previous + fractions * (self._joint_target - previous)).swapaxes(0, 1)  # (num_envs, control_ticks, 6)
-        if self._pool is None:
-            self._simulate(self._chunks[0], ticks)
-        else:
-            list(self._pool.map(self._simulate, self._chunks, [ticks] * len(self._chunks)))
+        others = [self._pool.submit(self._simulate, chunk, ticks) for chunk in self._chunks[1:]]
+        self._simulate(self._chunks[0], ticks)
+        for other in others:
+            other.result()
         self._episode_steps += 1
 
         inside = self._is_inside()
