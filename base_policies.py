@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import mujoco
 import numpy as np
 
-from env_paper_square import FINGERTIP, JOINTS, OBS, SCENE_PATH, to_si
+from env_paper_square import FINGERTIPS, JOINTS, OBS, SCENE_PATH, to_si
 
 BASE_POLICIES = ("zero", "jacobian", "hybrid", "il")
 CONTACT_HEIGHT = 0.009  # m, the fingertip's centre on the sheet: 1 mm of card and the fingertip's radius of 8 mm
@@ -38,7 +38,7 @@ class ArmKinematics:
         for rotation, body in zip(rotations, bodies, strict=True):
             mujoco.mju_quat2Mat(rotation, model.body_quat[body])
         self.rotations = rotations.reshape(5, 3, 3)
-        self.fingertip = model.site(FINGERTIP).pos.copy()  # (3,), m, in the frame of the last body
+        self.fingertip = model.site(FINGERTIPS[0]).pos.copy()  # (3,), m, in the frame of the last body
 
     def __call__(self, joint_pos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Joint angles (num_envs, >= 5), rad, to fingertip (num_envs, 3), m, and Jacobian (num_envs, 3, 5), m/rad."""

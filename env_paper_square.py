@@ -15,8 +15,6 @@ import platform
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from copy import copy
 from pathlib import Path
 
 import gymnasium as gym
@@ -24,10 +22,11 @@ import mujoco
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
+from mujoco.batch import Batch
 
 SCENE_PATH = Path(__file__).resolve().parent / "assets" / "paper_square.xml"
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
-FINGERTIP = "fixed_fingertip"  # site; the other finger is "moving_fingertip"
+FINGERTIPS = ("fixed_fingertip", "moving_fingertip")  # sites; the first is the one that is steered
 SHEET_HALF_SIZE = np.array([0.074, 0.0525])  # A6, m
 SQUARE_POS = np.array([0.19, 0.09])  # centre of the tape square, m
 TAPE_WIDTH = 0.0125  # m
@@ -194,39 +193,34 @@ class PaperSquareVectorEnv(VectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
 
-        # One MjModel per environment, because friction and mass differ; without what only a camera would see.
+        # The physics: all simulations on a pool of threads, without what only a camera would see
         spec = mujoco.MjSpec.from_file(str(SCENE_PATH))
         spec.option.timestep = 1.0 / physics_hz
         spec.compiler.discardvisual = True
         for element in (*spec.cameras, *spec.lights):
             spec.delete(element)
-        nominal = spec.compile()
-        self.models = [copy(nominal) for _ in range(num_envs)]
-        self.datas = [mujoco.MjData(model) for model in self.models]
-        self.ctrl_low, self.ctrl_high = nominal.actuator_ctrlrange.T.copy()  # (6,), rad
-        self._home_qpos = nominal.key("home").qpos.copy()
-        self._home_ctrl = nominal.key("home").ctrl.copy()
-        self._fingertip_site = nominal.site(FINGERTIP).id
-        self._sheet_body = nominal.body("sheet").id
-        self._sheet_pair = nominal.pair("sheet_table").id
-        self._finger_pairs = [nominal.pair(f"{tip}_sheet").id for tip in ("fixed_fingertip", "moving_fingertip")]
-        self._nominal = nominal
+        self.model = spec.compile()
+        self.batch = Batch(self.model, num_envs, num_threads or 0, persistent=True)
+        self.pair_friction = self.batch.expand("pair_friction")  # (num_envs, pairs, 5), drawn at every reset
+        self._body_mass, self._body_inertia = self.batch.expand("body_mass"), self.batch.expand("body_inertia")
+        self._sheet = self.model.body("sheet").id
+        self.sheet_mass = self._body_mass[:, self._sheet]  # (num_envs,), kg, drawn at every reset
+        self._sheet_pair = self.model.pair("sheet_table").id
+        self._finger_pairs = [self.model.pair(f"{finger}_sheet").id for finger in FINGERTIPS]
+        self.ctrl_low, self.ctrl_high = self.model.actuator_ctrlrange.T.copy()  # (6,), rad
+        self._home_qpos, self._home_ctrl = self.model.key("home").qpos, self.model.key("home").ctrl
+
+        # Live arrays over the simulations' states, current after every call
+        self._qpos, self._qvel, self._ctrl = (self.batch.bind(name) for name in ("qpos", "qvel", "ctrl"))
+        self._fingertip = self.batch.bind("site_xpos")[:, self.model.site(FINGERTIPS[0]).id]  # (num_envs, 3), m
+        self.fingertip_force = self.batch.bind("sensordata")  # (num_envs, 2), N, along the normals, of FINGERTIPS
 
         self._rngs: list[np.random.Generator | None] = [None] * num_envs
-        self._qpos = np.zeros((num_envs, nominal.nq))
-        self._qvel = np.zeros((num_envs, nominal.nv))
-        self._fingertip = np.zeros((num_envs, 3))
         self.paused = np.zeros(num_envs, dtype=bool)  # set an entry, and that environment costs and does nothing
-        self.fingertip_force = np.zeros(
-            (num_envs, 2)
-        )  # normal force on fixed and moving fingertip at the step's end, N
         self._joint_target = np.zeros((num_envs, 6))
         self._tape_half_size = np.zeros(num_envs)
         self._hold_counter = np.zeros(num_envs, dtype=np.int64)
         self._episode_steps = np.zeros(num_envs, dtype=np.int64)
-        num_threads = min(num_threads or os.cpu_count() or 1, num_envs)
-        self._chunks = [chunk.tolist() for chunk in np.array_split(np.arange(num_envs), num_threads)]
-        self._pool = ThreadPoolExecutor(num_threads - 1) if num_threads > 1 else None  # the caller is a thread too
         self._renderer = self._viewer = self._scene = self._scene_data = None
 
     def reset(self, *, seed: int | list[int | None] | None = None, options: dict | None = None):
@@ -246,7 +240,7 @@ class PaperSquareVectorEnv(VectorEnv):
         for i in np.flatnonzero(mask):
             if seed[i] is not None or self._rngs[i] is None:
                 self._rngs[i] = np.random.default_rng(seed[i])
-            self._reset_one(i)
+        self._start_episodes(np.flatnonzero(mask))
         infos = self._state_info()
         return self._observe(), {**infos, **{f"_{key}": mask.copy() for key in infos}}
 
@@ -266,12 +260,11 @@ class PaperSquareVectorEnv(VectorEnv):
         self._joint_target = np.clip(
             previous + self.act_scale * np.clip(actions, -1.0, 1.0), self.ctrl_low, self.ctrl_high
         )
-        fractions = np.arange(1, self.control_ticks + 1)[:, None, None] / self.control_ticks
-        ticks = (previous + fractions * (self._joint_target - previous)).swapaxes(0, 1)  # (num_envs, control_ticks, 6)
-        others = [self._pool.submit(self._simulate, chunk, ticks) for chunk in self._chunks[1:]]
-        self._simulate(self._chunks[0], ticks)
-        for other in others:
-            other.result()
+        ids = np.flatnonzero(~self.paused) if self.paused.any() else None
+        for tick in range(1, self.control_ticks + 1):
+            self._ctrl[:] = previous + tick / self.control_ticks * (self._joint_target - previous)
+            stage = mujoco.mjtStage.mjSTAGE_VEL if tick == self.control_ticks else mujoco.mjtStage.mjSTAGE_NONE
+            self.batch.step(ids, self.physics_steps, stage.value)  # the last one brings the positions up to date
         self._episode_steps += 1
 
         inside = self._is_inside()
@@ -292,7 +285,7 @@ class PaperSquareVectorEnv(VectorEnv):
             final_info = {key: np.where(done, value, np.zeros_like(value)) for key, value in infos.items()}
             for i in np.flatnonzero(done):
                 final_obs[i] = observations[i]
-                self._reset_one(i)
+            self._start_episodes(np.flatnonzero(done))
             observations = self._observe()
             fresh = self._state_info()
             infos = {key: np.where(done, fresh.get(key, np.zeros_like(v)), v) for key, v in infos.items()}
@@ -345,53 +338,30 @@ class PaperSquareVectorEnv(VectorEnv):
         mujoco.mj_forward(self._scene, self._scene_data)
 
     def close_extras(self, **kwargs) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
         for window in (self._renderer, self._viewer):
             if window is not None:
                 window.close()
         self._renderer = self._viewer = None
 
-    def _simulate(self, chunk: list[int], ticks: np.ndarray) -> None:
-        """Step the environments of one chunk; runs in a thread, and mj_step releases the interpreter lock."""
-        for i in chunk:
-            if self.paused[i]:
-                continue
-            model, data = self.models[i], self.datas[i]
-            ctrl = data.ctrl
-            for target in ticks[i]:
-                ctrl[:] = target
-                mujoco.mj_step(model, data, self.physics_steps)
-            mujoco.mj_kinematics(model, data)  # mj_step leaves the positions of its last substep's start
-            self._read_state(i)
-
-    def _read_state(self, i: int) -> None:
-        data = self.datas[i]
-        self._qpos[i] = data.qpos
-        self._qvel[i] = data.qvel
-        self._fingertip[i] = data.site_xpos[self._fingertip_site]
-        self.fingertip_force[i] = data.sensordata
-
-    def _reset_one(self, i: int) -> None:
-        """Draw a new episode for environment i."""
-        draw = self._rngs[i].uniform(-1.0, 1.0, 6) * self.randomize_scales  # type: ignore[union-attr]
-        model, data = self.models[i], self.datas[i]
-        nominal = self._nominal
-        model.pair_friction[self._sheet_pair] = nominal.pair_friction[self._sheet_pair] * (1.0 + draw[3])
-        model.pair_friction[self._finger_pairs] = nominal.pair_friction[self._finger_pairs] * (1.0 + draw[4])
-        model.body_mass[self._sheet_body] = nominal.body_mass[self._sheet_body] * (1.0 + draw[5])
-        model.body_inertia[self._sheet_body] = nominal.body_inertia[self._sheet_body] * (1.0 + draw[5])
-        mujoco.mj_setConst(model, data)  # what MuJoCo derives from the masses
-        mujoco.mj_resetData(model, data)
-        data.qpos[:] = self._home_qpos
-        data.qpos[6:8] += draw[:2]
-        data.qpos[9], data.qpos[12] = np.cos(draw[2] / 2.0), np.sin(draw[2] / 2.0)
-        data.ctrl[:] = self._home_ctrl
-        mujoco.mj_kinematics(model, data)
-        self._read_state(i)
-        self._joint_target[i] = self._home_ctrl
-        self._tape_half_size[i] = self.tape_half_size
-        self._hold_counter[i] = self._episode_steps[i] = 0
+    def _start_episodes(self, ids: np.ndarray) -> None:
+        """Draw new episodes for the environments `ids`."""
+        draws = np.stack([self._rngs[i].uniform(-1.0, 1.0, 6) for i in ids]) * self.randomize_scales  # (ids, 6)
+        xy, yaw, friction_table, friction_finger, mass = draws[:, :2], *draws[:, 2:].T
+        nominal = self.model.pair_friction
+        self.pair_friction[ids, self._sheet_pair] = nominal[self._sheet_pair] * (1.0 + friction_table)[:, None]
+        for pair in self._finger_pairs:
+            self.pair_friction[ids, pair] = nominal[pair] * (1.0 + friction_finger)[:, None]
+        self._body_mass[ids, self._sheet] = self.model.body_mass[self._sheet] * (1.0 + mass)
+        self._body_inertia[ids, self._sheet] = self.model.body_inertia[self._sheet] * (1.0 + mass)[:, None]
+        self.batch.set_const(ids)  # what MuJoCo derives from the masses
+        self.batch.reset(ids, stage=mujoco.mjtStage.mjSTAGE_NONE.value)
+        self._qpos[ids] = self._home_qpos
+        self._qpos[ids, 6:8] += xy
+        self._qpos[ids, 9], self._qpos[ids, 12] = np.cos(yaw / 2.0), np.sin(yaw / 2.0)
+        self._ctrl[ids] = self._joint_target[ids] = self._home_ctrl
+        self.batch.forward(ids, mujoco.mjtStage.mjSTAGE_VEL.value)
+        self._tape_half_size[ids] = self.tape_half_size
+        self._hold_counter[ids] = self._episode_steps[ids] = 0
 
     def _sheet_axes(self) -> tuple[np.ndarray, np.ndarray]:
         """The sheet's long and short axis in the world, (num_envs, 3) each."""
@@ -539,9 +509,10 @@ if __name__ == "__main__":
     seconds = time.perf_counter() - start
     print(f"random actions: {num_envs * num_steps} steps, {episodes} episodes ended, {successes} in success")
     print(f"mean return {return_sum / max(episodes, 1):.1f}; the sheets moved {1000 * moved.mean():.0f} mm each")
+    simulations = [(envs.batch.get_model(i), envs.batch.get_data(i)) for i in range(num_envs)]
     start = time.perf_counter()
     for _ in range(20):  # the bound: from here on, one thread that only calls mj_step, times the cores
-        for model, data in zip(envs.models, envs.datas, strict=True):
+        for model, data in simulations:
             mujoco.mj_step(model, data, envs.control_ticks * envs.physics_steps)
     bound = os.cpu_count() * 20 * num_envs / (time.perf_counter() - start)
     speed = num_envs * num_steps / seconds
