@@ -15,7 +15,7 @@ from base_policies import (
     make_base_policy,
 )
 from env_paper_square import (
-    FINGERTIP,
+    FINGERTIPS,
     OBS,
     OBS_SCALE,
     OBS_ZERO,
@@ -57,7 +57,7 @@ def met_observations():
 
 def test_kinematics_are_those_of_the_model():
     model = mujoco.MjModel.from_xml_path(str(SCENE_PATH))
-    data, site = mujoco.MjData(model), model.site(FINGERTIP).id
+    data, site = mujoco.MjData(model), model.site(FINGERTIPS[0]).id
     postures = np.random.default_rng(0).uniform(*model.actuator_ctrlrange.T, (50, 6))
     positions, jacobians = ArmKinematics()(postures)
     assert positions.shape == (50, 3) and jacobians.shape == (50, 3, 5)
@@ -223,7 +223,7 @@ def test_press_depth_and_hover_height_are_arguments():
 def play_single(yaw):
     env, policy = PaperSquareEnv(randomize=False), JacobianIKPolicy()
     observation, _ = env.reset(seed=0)
-    env.envs.datas[0].qpos[[9, 12]] = np.cos(yaw / 2), np.sin(yaw / 2)
+    env.envs.batch.qpos[0, [9, 12]] = np.cos(yaw / 2), np.sin(yaw / 2)
     ended = False
     while not ended:
         observation, _, terminated, truncated, info = env.step(policy(observation[None])[0])

@@ -1,11 +1,11 @@
 """The environment: its interfaces, its physics, its rewards, and whether its documentation tells the truth."""
 
-import copy
 import inspect
 import json
 import os
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import mujoco
@@ -16,7 +16,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from numpy.testing import assert_allclose, assert_array_equal
 
 from env_paper_square import (
-    FINGERTIP,
+    FINGERTIPS,
     JOINTS,
     OBS,
     OBS_DIM,
@@ -33,6 +33,12 @@ from env_paper_square import (
 GOLDEN_PATH = Path(__file__).with_name("golden_rollout.json")
 SCALES = {"xy": 0.05, "yaw": 0.3, "friction": 0.2, "mass": 0.1}
 STILL = np.zeros(6)
+
+
+def simulations(envs):
+    """Live views of the state of each simulation."""
+    names = ("qpos", "qvel", "ctrl", "time")
+    return [SimpleNamespace(**{name: envs.batch.bind(name)[i] for name in names}) for i in range(envs.num_envs)]
 
 
 def place_sheet(data, dx=0.0, dy=0.0, yaw=0.0, height=0.0005):
@@ -143,7 +149,7 @@ def test_autoreset_mode_is_in_the_metadata():
 def test_success_takes_five_steps_with_all_corners_inside(dx, dy, yaw, success):
     env = PaperSquareEnv(randomize=False)
     env.reset(seed=0)
-    place_sheet(env.envs.datas[0], dx, dy, yaw)
+    place_sheet(simulations(env.envs)[0], dx, dy, yaw)
     for step in range(1, 21):
         observation, _, terminated, truncated, info = env.step(STILL)
         assert terminated == info["is_success"] == (success and step == 5)
@@ -158,7 +164,7 @@ def test_leaving_the_square_starts_the_count_again():
     env.reset(seed=0)
     counts = []
     for dx in (0.0, 0.0, 0.0, 0.02, 0.0, 0.0, 0.0, 0.0, 0.0):
-        place_sheet(env.envs.datas[0], dx)
+        place_sheet(simulations(env.envs)[0], dx)
         observation, _, terminated, _, _ = env.step(STILL)
         counts.append(round(to_si(observation)[OBS["hold_counter"]].item()))
     assert counts == [1, 2, 3, 0, 1, 2, 3, 4, 5]
@@ -168,7 +174,7 @@ def test_leaving_the_square_starts_the_count_again():
 def test_a_sheet_above_the_square_is_not_inside():
     env = PaperSquareEnv(randomize=False)
     env.reset(seed=0)
-    place_sheet(env.envs.datas[0], height=0.03)
+    place_sheet(simulations(env.envs)[0], height=0.03)
     observation = env.step(STILL)[0]
     assert to_si(observation)[OBS["sheet_pos"]][2] > 0.01
     assert to_si(observation)[OBS["hold_counter"]] == 0
@@ -177,7 +183,7 @@ def test_a_sheet_above_the_square_is_not_inside():
 def test_hold_steps_is_an_argument():
     env = PaperSquareEnv(randomize=False, hold_steps=2)
     env.reset(seed=0)
-    place_sheet(env.envs.datas[0])
+    place_sheet(simulations(env.envs)[0])
     assert [env.step(STILL)[2] for _ in range(2)] == [False, True]
 
 
@@ -192,7 +198,7 @@ def test_truncation_comes_exactly_at_max_episode_steps():
 def test_success_on_the_last_step_is_not_a_truncation():
     env = PaperSquareEnv(max_episode_steps=5)
     env.reset(seed=0)
-    place_sheet(env.envs.datas[0])
+    place_sheet(simulations(env.envs)[0])
     assert [env.step(STILL)[2:4] for _ in range(5)][-1] == (True, False)
 
 
@@ -203,10 +209,10 @@ def test_tape_half_size_changes_with_the_next_episode():
     outcomes = []
     for step in range(16):
         if step in (0, 8):
-            place_sheet(envs.datas[0], dx=0.03)  # fits the wide square only
-            place_sheet(envs.datas[1], dx=0.09)  # fits neither
+            place_sheet(simulations(envs)[0], dx=0.03)  # fits the wide square only
+            place_sheet(simulations(envs)[1], dx=0.09)  # fits neither
         if step == 5:
-            place_sheet(envs.datas[0], dx=0.03)
+            place_sheet(simulations(envs)[0], dx=0.03)
         expected = (0.12 if step < 5 else 0.08, 0.12 if step < 8 else 0.08)
         assert_allclose(to_si(observations)[:, OBS["tape_half_size"]].ravel(), expected, atol=1e-6)
         observations, _, terminations, _, _ = envs.step(np.zeros((2, 6)))
@@ -222,7 +228,7 @@ def test_reward_terms_are_documented_functions_of_the_state_and_sum_to_the_rewar
     weights = dict(distance_weight=-3.0, orientation_weight=-0.7, time_weight=-0.02, reach_weight=-0.5)
     envs = PaperSquareVectorEnv(4, **weights)
     envs.reset(seed=0)
-    for yaw, data in zip((0.1, -0.6, 1.4, 3.0), envs.datas, strict=True):
+    for yaw, data in zip((0.1, -0.6, 1.4, 3.0), simulations(envs), strict=True):
         place_sheet(data, 0.05, 0.02, yaw)
     for actions in random_actions(10, 4):
         observations, rewards, _, _, infos = envs.step(actions)
@@ -256,7 +262,7 @@ def test_reward_terms_by_default_have_their_documented_signs():
 def test_success_is_paid_once_and_found_in_the_final_info():
     envs = PaperSquareVectorEnv(2)
     envs.reset(seed=0)
-    place_sheet(envs.datas[1])
+    place_sheet(simulations(envs)[1])
     paid, now = np.zeros(2), np.zeros(2)
     for step in range(1, 13):
         _, rewards, terminations, _, infos = envs.step(np.zeros((2, 6)))
@@ -278,7 +284,7 @@ def test_success_is_paid_once_and_found_in_the_final_info():
 def test_success_is_paid_once_without_autoreset():
     envs = PaperSquareVectorEnv(2, autoreset_mode=AutoresetMode.DISABLED)
     envs.reset(seed=0)
-    place_sheet(envs.datas[1])
+    place_sheet(simulations(envs)[1])
     paid = np.zeros(2)
     for step in range(1, 13):
         _, rewards, terminations, _, infos = envs.step(np.zeros((2, 6)))
@@ -318,7 +324,7 @@ def test_single_and_vector_environment_are_the_same_across_autoreset():
     their_observations, their_infos = theirs.reset(seed=0)
     assert_array_equal(our_observations, their_observations)
     assert_same_infos(our_infos, their_infos)
-    for data in (ours.datas[1], theirs.envs[1].envs.datas[0]):
+    for data in (simulations(ours)[1], simulations(theirs.envs[1].envs)[0]):
         place_sheet(data)  # this one ends in success, out of step with the others
     terminated = truncated = 0
     for actions in random_actions(20, 3):
@@ -405,7 +411,7 @@ def test_reset_mask_resets_the_masked_and_leaves_the_others_alone():
 
 def drawn(envs, i):
     """What an episode drew: the sheet's pose and the model's parameters."""
-    model, qpos = envs.models[i], envs.datas[i].qpos
+    model, qpos = envs.batch.get_model(i), simulations(envs)[i].qpos
     return {
         "xy": qpos[6:8].copy(),
         "yaw": 2 * np.arctan2(qpos[12], qpos[9]),
@@ -450,7 +456,7 @@ def test_every_episode_has_the_pose_friction_and_mass_that_were_drawn():
 def test_randomisation_touches_no_other_parameter_of_the_model():
     envs = PaperSquareVectorEnv(1)
     envs.reset(seed=0)
-    model, scene = envs.models[0], load_scene()
+    model, scene = envs.batch.get_model(0), load_scene()
     for pair in ("fixed_fingertip_table", "moving_fingertip_table", "gripper_table", "wrist_table", "elbow_table"):
         assert_array_equal(model.pair(pair).friction, scene.pair(pair).friction)
     for body in ("base", "shoulder", "upper_arm", "lower_arm", "wrist", "gripper", "moving_jaw"):
@@ -464,7 +470,7 @@ def test_without_randomisation_everything_is_nominal():
         actual, expected = drawn(envs, i), expected_draw(np.zeros(6))
         for name in expected:
             assert_array_equal(actual[name], expected[name], err_msg=name)
-        assert_array_equal(envs.datas[i].qpos, load_scene().key("home").qpos)
+        assert_array_equal(simulations(envs)[i].qpos, load_scene().key("home").qpos)
 
 
 @pytest.mark.parametrize("ablated", SCALES)
@@ -502,7 +508,7 @@ def test_target_is_incremented_by_the_clipped_action_and_held_in_the_control_ran
     for action in actions:
         target = np.clip(target + 0.5 * np.clip(action, -1, 1), low, high)
         observations, *_ = envs.step(action)
-        assert_allclose([data.ctrl for data in envs.datas], target, rtol=0, atol=1e-12)
+        assert_allclose([data.ctrl for data in simulations(envs)], target, rtol=0, atol=1e-12)
         assert_allclose(target_of(observations), target, atol=1e-6)
     assert (np.isclose(target[1], low) | np.isclose(target[1], high)).all()
 
@@ -512,8 +518,8 @@ def test_target_does_not_follow_the_sagging_arm():
     envs.reset(seed=0)
     for _ in range(10):
         envs.step(np.zeros((1, 6)))
-    assert_array_equal(envs.datas[0].ctrl, load_scene().key("home").ctrl)
-    assert not np.array_equal(envs.datas[0].qpos[:6], envs.datas[0].ctrl)
+    assert_array_equal(simulations(envs)[0].ctrl, load_scene().key("home").ctrl)
+    assert not np.array_equal(simulations(envs)[0].qpos[:6], simulations(envs)[0].ctrl)
 
 
 @pytest.mark.parametrize(
@@ -528,15 +534,15 @@ def test_control_ticks_interpolate_the_target_linearly(rates, ticks, substeps):
     assert envs.metadata["render_fps"] == policy_hz
     envs.reset(seed=0)
     envs.step(random_actions(1, 1, seed=1)[0])
-    model, data = envs.models[0], copy.copy(envs.datas[0])
+    model, data = envs.batch.get_model(0), envs.batch.get_data(0)
     previous, action = data.ctrl.copy(), random_actions(1, 1, seed=2)[0]
     envs.step(action)
     for tick in range(1, ticks + 1):
         data.ctrl[:] = previous + 0.02 * action[0] * tick / ticks
         mujoco.mj_step(model, data, substeps)
-    assert_allclose(envs.datas[0].time, 2 / policy_hz, rtol=1e-9)
-    assert_allclose(envs.datas[0].qpos, data.qpos, rtol=0, atol=1e-12)
-    assert_allclose(envs.datas[0].qvel, data.qvel, rtol=0, atol=1e-10)
+    assert_allclose(simulations(envs)[0].time, 2 / policy_hz, rtol=1e-9)
+    assert_allclose(simulations(envs)[0].qpos, data.qpos, rtol=0, atol=1e-12)
+    assert_allclose(simulations(envs)[0].qvel, data.qvel, rtol=0, atol=1e-10)
 
 
 # Arguments that cannot be used
@@ -662,11 +668,11 @@ def test_observation_is_the_state_of_the_physics():
     observations, _ = envs.reset(seed=0)
     scene = load_scene()
     for step, actions in enumerate(random_actions(6, 3)):
-        for observation, data in zip(observations, envs.datas, strict=True):
+        for observation, data in zip(observations, simulations(envs), strict=True):
             posed = mujoco.MjData(scene)
             posed.qpos[:] = data.qpos
             mujoco.mj_kinematics(scene, posed)
-            sheet, fingertip = posed.body("sheet"), posed.site(FINGERTIP)
+            sheet, fingertip = posed.body("sheet"), posed.site(FINGERTIPS[0])
             long_axis = sheet.xmat.reshape(3, 3)[:2, 0]
             square = posed.site("square").xpos
             expected = {
@@ -686,7 +692,7 @@ def test_observation_is_the_state_of_the_physics():
             for name, value in expected.items():
                 assert_allclose(state[OBS[name]], value, rtol=0, atol=2e-6, err_msg=name)
         if step == 2:
-            for yaw, data in zip((2.5, -1.2, 0.7), envs.datas, strict=True):
+            for yaw, data in zip((2.5, -1.2, 0.7), simulations(envs), strict=True):
                 place_sheet(data, 0.1, -0.05, yaw, height=0.05)  # falling, too
                 data.qpos[10] = 0.2  # and tilted
                 data.qpos[9:13] /= np.linalg.norm(data.qpos[9:13])
@@ -731,21 +737,21 @@ def test_home_holds_the_fingertip_two_centimetres_above_the_table():
     data = mujoco.MjData(model)
     mujoco.mj_resetDataKeyframe(model, data, model.key("home").id)
     mujoco.mj_kinematics(model, data)
-    x, y, z = data.site(FINGERTIP).xpos
-    radius = model.geom(FINGERTIP).size[0]
+    x, y, z = data.site(FINGERTIPS[0]).xpos
+    radius = model.geom(FINGERTIPS[0]).size[0]
     assert radius == 0.008
     assert abs(z - radius - 0.02) < 0.002
     assert np.hypot(x - 0.20, y) < 0.01
-    assert_array_equal(data.geom(FINGERTIP).xpos, data.site(FINGERTIP).xpos)
+    assert_array_equal(data.geom(FINGERTIPS[0]).xpos, data.site(FINGERTIPS[0]).xpos)
 
 
 def test_training_model_has_the_physics_of_the_full_scene():
     """What is left out for speed is only what a camera sees; with the finger pressing and dragging the sheet."""
     scene, envs = load_scene(), PaperSquareVectorEnv(1, randomize=False)
-    assert envs.models[0].ngeom < scene.ngeom
-    assert envs.models[0].opt.timestep == pytest.approx(scene.opt.timestep, rel=1e-12)
+    assert envs.batch.get_model(0).ngeom < scene.ngeom
+    assert envs.batch.get_model(0).opt.timestep == pytest.approx(scene.opt.timestep, rel=1e-12)
     states, masses, touched = [], [], []
-    for model in (envs.models[0], scene):
+    for model in (envs.batch.get_model(0), scene):
         data = mujoco.MjData(model)
         mujoco.mj_resetDataKeyframe(model, data, 0)
         data.qpos[6:8] = 0.2, 0.0
@@ -757,7 +763,7 @@ def test_training_model_has_the_physics_of_the_full_scene():
         mass = np.zeros((model.nv, model.nv))
         for row, unit in zip(mass, np.eye(model.nv), strict=True):
             mujoco.mj_mulM(model, data, row, unit)
-        sheet, finger = model.geom("sheet").id, model.geom(FINGERTIP).id
+        sheet, finger = model.geom("sheet").id, model.geom(FINGERTIPS[0]).id
         touched.append(any(set(pair) == {sheet, finger} for pair in data.contact.geom.tolist()))
         states.append(data.qpos.copy())
         masses.append(mass)
@@ -773,7 +779,7 @@ def test_golden_rollout():
     """
     envs = PaperSquareVectorEnv(2)
     envs.reset(seed=0)
-    for data in envs.datas:
+    for data in simulations(envs):
         data.qpos[6:8] = 0.2, 0.0  # under the fingers
     actions = random_actions(20, 2)
     actions[:, :, 1] += 0.4  # down, so that they touch it
@@ -811,7 +817,7 @@ def rendered_envs():
 
 
 def test_render_gives_one_image_per_environment(rendered_envs):
-    place_sheet(rendered_envs.datas[1])
+    place_sheet(simulations(rendered_envs)[1])
     rendered_envs.step(np.zeros((2, 6)))
     frames = rendered_envs.render()
     assert len(frames) == 2
@@ -858,9 +864,9 @@ def test_paused_environments_do_nothing_and_do_not_disturb_the_others():
     envs.reset(seed=0)
     reference.reset(seed=0)
     envs.paused[1] = True
-    before = envs.datas[1].time
+    before = simulations(envs)[1].time
     for action in np.random.default_rng(0).uniform(-1, 1, (5, 2, 6)):
         observations, *_ = envs.step(action)
         expected, *_ = reference.step(action)
     np.testing.assert_array_equal(observations[0], expected[0])
-    assert envs.datas[1].time == before
+    assert simulations(envs)[1].time == before
