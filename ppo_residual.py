@@ -52,7 +52,7 @@ class Args:
     """environment steps between evaluations on held-out validation episodes"""
     eval_episodes: int = 100
     """episodes of each such evaluation"""
-    test_episodes: int = 500
+    test_episodes: int = 200
     """held-out test episodes of the table at the end"""
 
     # the environment
