@@ -179,6 +179,11 @@ def check_args(args):
         raise ValueError(f"--seed times --num-envs must lie below {VALIDATION_SEED}, where held-out episodes begin")
 
 
+def task_kwargs(args):
+    """What evaluation needs to know of the environment; everything else is the task's own default."""
+    return {"act_scale": args.act_scale, "tape_half_size": args.tape_half_size}
+
+
 def make_base(args):
     return make_base_policy(
         args.base_policy,
@@ -282,11 +287,10 @@ def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
 
 
 def save_checkpoint(path, args, agent, alpha, global_step):
-    env_kwargs = {"act_scale": args.act_scale, "tape_half_size": args.tape_half_size}
     checkpoint = {
         "script": Path(__file__).stem,
         "args": asdict(args),
-        "env_kwargs": env_kwargs,
+        "env_kwargs": task_kwargs(args),
         "obs_names": list(OBS),
         "model": agent.state_dict(),
         "alpha": alpha,
@@ -300,7 +304,7 @@ def save_checkpoint(path, args, agent, alpha, global_step):
 if __name__ == "__main__":
     args = tyro.cli(Args)
     run_dir = Path("runs") / f"{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    eval_kwargs = {"act_scale": args.act_scale, "tape_half_size": args.tape_half_size}
+    eval_kwargs = task_kwargs(args)
     try:
         check_args(args)
         base_policy = make_base(args)
