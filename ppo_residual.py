@@ -131,8 +131,8 @@ class Args:
     """show the base action to actor and critic"""
 
     # the base policy
-    base_policy: Literal["zero", "jacobian", "hybrid", "il"] = "jacobian"
-    """frozen policy that the residual corrects"""
+    base_policy: str = "jacobian"
+    """frozen policy that the residual corrects: zero, jacobian, hybrid or il"""
     ik_gain: float = 0.5
     """jacobian: share of the error made good per step"""
     ik_damping: float = 0.01
