@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -319,7 +320,9 @@ class PaperSquareVectorEnv(VectorEnv):
             viewer = importlib.import_module("mujoco.viewer")
             self._scene = mujoco.MjModel.from_xml_path(str(SCENE_PATH))
             self._scene_data = mujoco.MjData(self._scene)
+            threads = set(threading.enumerate())
             self._viewer = viewer.launch_passive(self._scene, self._scene_data, show_left_ui=False, show_right_ui=False)
+            self._viewer_threads = set(threading.enumerate()) - threads
             self._next_frame = time.perf_counter()
         self._pose_scene(0)
         self._viewer.sync()
@@ -338,9 +341,12 @@ class PaperSquareVectorEnv(VectorEnv):
         mujoco.mj_forward(self._scene, self._scene_data)
 
     def close_extras(self, **kwargs) -> None:
-        for window in (self._renderer, self._viewer):
-            if window is not None:
-                window.close()
+        if self._renderer is not None:
+            self._renderer.close()
+        if self._viewer is not None:
+            self._viewer.close()
+            for thread in self._viewer_threads:  # it still draws its last frame, and must not outlive the window
+                thread.join(timeout=5.0)
         self._renderer = self._viewer = None
 
     def _start_episodes(self, ids: np.ndarray) -> None:
