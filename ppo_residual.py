@@ -310,13 +310,15 @@ if __name__ == "__main__":
         eval_base_policy = make_base(args)
         if args.capture_video:
             check_rendering()
+        if args.track:
+            import wandb
         run_dir.mkdir(parents=True)
+    except ImportError:
+        fail("--track needs Weights & Biases: pip install wandb")
     except (ValueError, RuntimeError, OSError) as error:
         fail(str(error))
     (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1) + "\n")
     if args.track:
-        import wandb
-
         wandb.init(project=args.wandb_project, name=run_dir.name, config=asdict(args), sync_tensorboard=True)
     writer = SummaryWriter(run_dir)
     writer.add_text("args", "\n".join(["|flag|value|", "|-|-|", *(f"|{k}|{v}|" for k, v in asdict(args).items())]))

@@ -172,6 +172,36 @@ def test_a_run_writes_what_the_readme_says(monkeypatch, tmp_path):
         assert f"`{key}`" in readme or f"`{key.split('/')[0]}/<" in readme, f"{key} is not in the README's table"
 
 
+FLAGS = {
+    "--base-policy zero --no-base-input --alpha 1 --no-anneal-lr": 1.0,
+    "--base-policy hybrid --hybrid-mode switch --hybrid-weights 0.7 0.3 --curriculum": 0.5,
+    "--alpha-schedule linear --no-randomize --capture-video": 0.3 + 0.5 * 0.7,  # the second of two iterations
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_other_flags_run_too(flags, monkeypatch, tmp_path):
+    if "--capture-video" in flags:
+        try:
+            evaluation.check_rendering()
+        except RuntimeError as error:
+            pytest.skip(str(error))
+    script = run_script("ppo_residual.py", f"{TINY} {flags}", monkeypatch, tmp_path)
+    checkpoint = evaluation.load_checkpoint(next(tmp_path.glob("runs/*/last.pt")))
+    assert checkpoint["alpha"] == pytest.approx(FLAGS[flags])
+    assert script["envs"].tape_half_size == pytest.approx(0.08)
+    ppo_residual.make_policy(checkpoint)
+    if "--capture-video" in flags:
+        assert list(tmp_path.glob("runs/*/episode.mp4"))
+
+
+def test_track_without_wandb_is_one_line(monkeypatch, tmp_path, capfd):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    with pytest.raises(SystemExit) as end:
+        run_script("ppo_residual.py", f"{TINY} --track", monkeypatch, tmp_path)
+    assert end.value.code == 2 and "wandb" in capfd.readouterr().err and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_same_seed_same_weights_whatever_the_threads(monkeypatch, tmp_path, threads):
     runs = []
