@@ -230,7 +230,7 @@ class PaperSquareVectorEnv(VectorEnv):
         `options={"reset_mask": mask}` with a boolean array (num_envs,) resets only those environments.
         Returns observations (num_envs, obs_dim) float32 and infos.
         """
-        mask = np.ones(self.num_envs, dtype=bool) if options is None else options.get("reset_mask")
+        mask = (options or {}).get("reset_mask")
         mask = np.ones(self.num_envs, dtype=bool) if mask is None else np.asarray(mask)
         if mask.shape != (self.num_envs,) or mask.dtype != bool or not mask.any():
             raise ValueError(f"reset_mask must be a boolean array of shape ({self.num_envs},) with at least one True")
@@ -306,8 +306,7 @@ class PaperSquareVectorEnv(VectorEnv):
     def render_frame(self, index: int = 0, camera: str | None = None) -> np.ndarray:
         """Environment `index` seen by `camera` (default: the constructor's), (height, width, 3) uint8."""
         if self._renderer is None:
-            self._scene = mujoco.MjModel.from_xml_path(str(SCENE_PATH))
-            self._scene_data = mujoco.MjData(self._scene)
+            self._load_scene()
             self._renderer = make_renderer(self._scene, self.height, self.width)
         self._pose_scene(index)
         self._renderer.update_scene(self._scene_data, camera or self.camera)
@@ -318,8 +317,7 @@ class PaperSquareVectorEnv(VectorEnv):
             if platform.system() == "Linux" and not has_display():
                 raise RuntimeError("MuJoCo's viewer needs a display, and neither DISPLAY nor WAYLAND_DISPLAY is set")
             viewer = importlib.import_module("mujoco.viewer")
-            self._scene = mujoco.MjModel.from_xml_path(str(SCENE_PATH))
-            self._scene_data = mujoco.MjData(self._scene)
+            self._load_scene()
             threads = set(threading.enumerate())
             self._viewer = viewer.launch_passive(self._scene, self._scene_data, show_left_ui=False, show_right_ui=False)
             self._viewer_threads = set(threading.enumerate()) - threads
@@ -328,6 +326,11 @@ class PaperSquareVectorEnv(VectorEnv):
         self._viewer.sync()
         self._next_frame = max(self._next_frame + 1.0 / self.metadata["render_fps"], time.perf_counter() - 1.0)
         time.sleep(max(0.0, self._next_frame - time.perf_counter()))  # real time
+
+    def _load_scene(self) -> None:
+        if self._scene is None:
+            self._scene = mujoco.MjModel.from_xml_path(str(SCENE_PATH))
+            self._scene_data = mujoco.MjData(self._scene)
 
     def _pose_scene(self, index: int) -> None:
         """Give the scene (the model with everything a camera sees) the state of one environment."""

@@ -11,7 +11,7 @@ import importlib
 import json
 import pickle
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -26,6 +26,7 @@ from tqdm import tqdm
 from base_policies import make_base_policy
 from env_paper_square import OBS, PaperSquareVectorEnv
 
+POLICY_HZ = 30  # steps per second, the environment's default
 SCRIPTS = ("ppo_residual",)  # that a checkpoint may come from
 VALIDATION_SEED = 1_000_000  # episodes that training evaluates on as it goes
 TEST_SEED = 2_000_000  # episodes that results are reported on
@@ -72,7 +73,7 @@ class Args:
 
 
 class RandomPolicy:
-    """Uniformly random actions, the same ones whenever it starts anew."""
+    """Uniformly random actions, from a generator of its own."""
 
     def __init__(self, seed: int = 0):
         self.rng = np.random.default_rng(seed)
@@ -93,7 +94,7 @@ def fail(message: str) -> NoReturn:
 def play_episodes(policy, seeds: Sequence[int], env_kwargs: dict, num_envs: int = 64, progress: str = "") -> dict:
     """Play one episode per seed to its end; returns arrays (len(seeds),) by name, in the order of the seeds.
 
-    `forces` is apart: the normal force of every fingertip in contact at every step, N, pooled.
+    `forces` is apart: the normal force on the harder pressed fingertip at every step in contact, N, pooled.
     """
     num_envs = min(num_envs, len(seeds))
     envs = PaperSquareVectorEnv(num_envs, autoreset_mode=AutoresetMode.DISABLED, **env_kwargs)
@@ -134,14 +135,14 @@ def play_episodes(policy, seeds: Sequence[int], env_kwargs: dict, num_envs: int 
     bar.close()
     envs.close()
     episodes["residual_norm"] /= episodes["length"]
-    return {**episodes, "seed": np.asarray(seeds), "forces": np.concatenate(forces), "policy_hz": 30}
+    return {**episodes, "seed": np.asarray(seeds), "forces": np.concatenate(forces)}
 
 
 def summarize(episodes: dict) -> dict:
     """The row of results.json for what `play_episodes` returned; the interval is Wilson's, 95 %."""
     success = episodes["success"].astype(bool)
     interval = binomtest(int(success.sum()), len(success)).proportion_ci(method="wilson")
-    times = episodes["length"][success] / episodes["policy_hz"]
+    times = episodes["length"][success] / POLICY_HZ
     forces = episodes["forces"]
     columns = ("seed", "success", "return", "length", "final_distance_m", "final_yaw_error_rad")
     rows = zip(*(episodes[name].tolist() for name in columns), strict=True)
@@ -224,9 +225,12 @@ def load_policies(args: Args) -> tuple[dict, dict]:
             policies[base_name], env_kwargs[base_name] = policy.base_policy, checkpoint["env_kwargs"]
         policies[name], env_kwargs[name] = policy, checkpoint["env_kwargs"]
     names = [*args.policy, *["zero"] * args.compare_zero, *["random"] * args.compare_random]
+    shared = next(iter(env_kwargs.values()), {"act_scale": 0.02})
     for name in names:
-        policies[name] = RandomPolicy() if name == "random" else make_base_policy(name)
-        env_kwargs[name] = next(iter(env_kwargs.values()), {})
+        policies[name] = RandomPolicy() if name == "random" else make_base_policy(name, act_scale=shared["act_scale"])
+        env_kwargs[name] = shared
+    if len({kwargs.get("tape_half_size") for kwargs in env_kwargs.values()}) > 1:
+        raise ValueError("the checkpoints were trained for squares of different tape_half_size: evaluate them apart")
     if not policies:
         raise ValueError("nothing to evaluate: give --model-path CHECKPOINT or --policy jacobian")
     return policies, env_kwargs
@@ -244,7 +248,7 @@ def plot_results(results: dict[str, dict], path: Path, clearance: float = 0.006)
         rate, (low, high) = row["success_rate"], row["ci95"]
         bars.barh(k, rate, color=f"C{k}", xerr=[[max(rate - low, 0)], [max(high - rate, 0)]], capsize=4)
         episodes = row["episodes"]
-        seconds = sorted(episode["length"] / 30 for episode in episodes if episode["success"])
+        seconds = sorted(episode["length"] / POLICY_HZ for episode in episodes if episode["success"])
         times.step([0, *seconds], np.arange(len(seconds) + 1) / len(episodes), where="post", color=f"C{k}")
         distances = [1000 * episode["final_distance_m"] for episode in episodes]
         yaws = [np.degrees(episode["final_yaw_error_rad"]) for episode in episodes]
@@ -267,6 +271,18 @@ def check_rendering() -> None:
     envs.close()
 
 
+def run_episode(policy, envs: PaperSquareVectorEnv, seed: int) -> Iterator[tuple[int, str]]:
+    """Play one episode in a single environment; yields the step, and the outcome, which is empty until the end."""
+    obs, _ = envs.reset(seed=[seed])
+    policy.reset(np.ones(1, dtype=bool))
+    step, outcome = 0, ""
+    yield step, outcome
+    while not outcome:
+        obs, _, terminations, truncations, _ = envs.step(policy(obs))
+        step, outcome = step + 1, "success" if terminations[0] else "failure" if truncations[0] else ""
+        yield step, outcome
+
+
 def film_episode(
     policies: dict, env_kwargs: dict, seed: int, path: Path, camera: str = "side", height: int = 480, stride: int = 2
 ) -> None:
@@ -278,20 +294,14 @@ def film_episode(
     films = []
     for name, policy in policies.items():
         envs = PaperSquareVectorEnv(1, autoreset_mode=AutoresetMode.DISABLED, **view, **env_kwargs[name])
-        obs, _ = envs.reset(seed=[seed])
-        policy.reset(np.ones(1, dtype=bool))
-        film, step, outcome = [], 0, ""
-        while not outcome:
-            if step % stride == 0:
+        film = []
+        for step, outcome in run_episode(policy, envs, seed):
+            if step % stride == 0 or outcome:
                 film.append((step, outcome, envs.render_frame()))
-            obs, _, terminations, truncations, _ = envs.step(policy(obs))
-            step += 1
-            outcome = ": success" if terminations[0] else ": failure" if truncations[0] else ""
-        film.append((step, outcome, envs.render_frame()))
         envs.close()
         for k, (step, outcome, frame) in enumerate(film):
             picture = Image.fromarray(frame)
-            text = f"{name}  {step / 30:.1f} s{outcome}"
+            text = f"{name}  {step / POLICY_HZ:.1f} s" + (f": {outcome}" if outcome else "")
             ImageDraw.Draw(picture).text((12, 8), text, fill=(20, 20, 20), font_size=height // 24)
             film[k] = np.asarray(picture)
         films.append(film)
@@ -300,9 +310,9 @@ def film_episode(
     pictures = [np.concatenate(frames, axis=1) for frames in zip(*films, strict=True)]
     if path.suffix == ".webp":
         first, *others = [Image.fromarray(picture) for picture in pictures]
-        first.save(path, save_all=True, append_images=others, duration=1000 * stride // 30, loop=0, quality=60)
+        first.save(path, save_all=True, append_images=others, duration=1000 * stride // POLICY_HZ, loop=0, quality=60)
     else:
-        imageio.mimwrite(path, pictures, fps=30 // stride, macro_block_size=8)
+        imageio.mimwrite(path, pictures, fps=POLICY_HZ // stride, macro_block_size=8)
 
 
 def watch(policies: dict, env_kwargs: dict, seeds: Sequence[int]) -> None:
@@ -310,13 +320,8 @@ def watch(policies: dict, env_kwargs: dict, seeds: Sequence[int]) -> None:
     for name, policy in policies.items():
         envs = PaperSquareVectorEnv(1, autoreset_mode=AutoresetMode.DISABLED, render_mode="human", **env_kwargs[name])
         for seed in seeds:
-            obs, _ = envs.reset(seed=[int(seed)])
-            policy.reset(np.ones(1, dtype=bool))
-            ended = False
-            while not ended:
-                obs, _, terminations, truncations, _ = envs.step(policy(obs))
-                ended = bool(terminations[0] or truncations[0])
-            print(f"{name}, episode {seed}: {'success' if terminations[0] else 'failure'}")
+            *_, (_, outcome) = run_episode(policy, envs, seed)
+            print(f"{name}, episode {seed}: {outcome}")
         envs.close()
 
 
@@ -324,12 +329,15 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     if args.n_episodes < 1 or args.num_envs < 1 or args.video_episodes < 1 or args.seed < 0:
         fail("--n-episodes, --num-envs and --video-episodes must be at least 1, and --seed not negative")
+    if not (48 <= args.video_height <= 960 and 1 <= args.video_stride <= POLICY_HZ):
+        fail(f"--video-height must lie in [48, 960] and --video-stride in [1, {POLICY_HZ}]")
     output_dir = Path(args.output_dir)
     try:
         policies, env_kwargs = load_policies(args)
         if args.save_video:
             check_rendering()
-        output_dir.mkdir(parents=True, exist_ok=True)
+        if not args.render:
+            output_dir.mkdir(parents=True, exist_ok=True)
     except (ValueError, RuntimeError, OSError) as error:
         fail(str(error))
     torch.set_num_threads(1)  # the cores are for the physics

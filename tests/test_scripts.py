@@ -292,11 +292,39 @@ def test_eval_writes_results_of_every_policy_on_the_same_episodes(monkeypatch, t
     assert (tmp_path / "eval_results" / "results.png").stat().st_size > 10_000
 
 
+def test_checkpoints_for_different_squares_are_not_compared(tmp_path):
+    checkpoint = evaluation.load_checkpoint(ROOT / "assets" / "ppo_residual.pt")
+    paths = []
+    for half_size in (0.08, 0.078):
+        checkpoint["env_kwargs"]["tape_half_size"] = half_size
+        paths.append(str(tmp_path / f"{half_size}.pt"))
+        torch.save(checkpoint, paths[-1])
+    with pytest.raises(ValueError, match="tape_half_size"):
+        evaluation.load_policies(evaluation.Args(model_path=tuple(paths)))
+
+
+def test_policies_beside_a_checkpoint_act_at_its_scale(tmp_path):
+    checkpoint = evaluation.load_checkpoint(ROOT / "assets" / "ppo_residual.pt")
+    checkpoint["env_kwargs"]["act_scale"] = 0.04
+    torch.save(checkpoint, tmp_path / "fast.pt")
+    args = evaluation.Args(model_path=(str(tmp_path / "fast.pt"),), policy=("jacobian",))
+    policies, env_kwargs = evaluation.load_policies(args)
+    assert policies["jacobian"].act_scale == env_kwargs["jacobian"]["act_scale"] == 0.04
+
+
+@pytest.mark.parametrize("flags", ["--video-stride 0", "--video-height 2000", "--n-episodes 0"])
+def test_bad_flags_of_eval(flags, monkeypatch, tmp_path, capfd):
+    with pytest.raises(SystemExit) as end:
+        run_script("eval.py", f"--policy zero {flags}", monkeypatch, tmp_path)
+    assert end.value.code == 2 and capfd.readouterr().err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_summary_uses_the_wilson_interval():
     success = np.arange(100) < 30
     episodes = {name: np.ones(100) for name in ("return", "final_distance_m", "final_yaw_error_rad", "residual_norm")}
     episodes |= {"success": success, "length": np.where(success, 60, 400), "seed": np.arange(100)}
-    row = evaluation.summarize({**episodes, "forces": np.array([1.0, 2.0, 9.0]), "policy_hz": 30})
+    row = evaluation.summarize({**episodes, "forces": np.array([1.0, 2.0, 9.0])})
     z, n, p = 1.959964, 100, 0.3
     centre, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     np.testing.assert_allclose(row["ci95"], [(centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)])
