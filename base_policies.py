@@ -3,9 +3,12 @@
 A base policy is called as `policy(obs) -> action`, with observations (num_envs, obs_dim) of `PaperSquareVectorEnv` and
 actions (num_envs, 6) in [-1, 1]; `policy.reset(mask)` takes the boolean mask (num_envs,) of the environments that just
 started an episode. `make_base_policy(name, ...)` builds one by name; `python eval.py --policy jacobian` plays one.
+`BaseArgs` are the flags that the residual scripts inherit, `make_base(args)` builds what they ask for.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import mujoco
 import numpy as np
@@ -15,6 +18,30 @@ from env_paper_square import FINGERTIPS, JOINTS, OBS, SCENE_PATH, to_si
 BASE_POLICIES = ("zero", "jacobian", "hybrid", "il")
 CONTACT_HEIGHT = 0.009  # m, the fingertip's centre on the sheet: 1 mm of card and the fingertip's radius of 8 mm
 NOMINAL_WAY = 0.18  # m, from the sheet's nominal start to the square
+
+
+@dataclass
+class BaseArgs:
+    base_policy: str = "jacobian"
+    """frozen policy that the residual corrects: zero, jacobian, hybrid or il"""
+    ik_gain: float = 0.5
+    """jacobian: share of the error made good per step"""
+    ik_damping: float = 0.01
+    """jacobian: damping of the least squares, m"""
+    ik_speed_limit: float = 0.01
+    """jacobian: largest joint step, rad"""
+    ik_press_depth: float = 0.0015
+    """jacobian: how far below contact the fingertip is sent, m"""
+    ik_hover_height: float = 0.025
+    """jacobian: height of the fingertip's centre away from the sheet, m"""
+    il_checkpoint: str = ""
+    """il: file or folder of the imitation-learned policy"""
+    hybrid_bases: tuple[str, ...] = ("jacobian", "zero")
+    """hybrid: the bases to combine"""
+    hybrid_weights: tuple[float, ...] = (0.5, 0.5)
+    """hybrid: a weight for each base"""
+    hybrid_mode: Literal["blend", "switch"] = "blend"
+    """hybrid: mean of the actions, or one base after the other along the sheet's way"""
 
 
 class ZeroPolicy:
@@ -224,3 +251,20 @@ def make_base_policy(
         policies = [make_base_policy(base, il_checkpoint=il_checkpoint, **ik) for base in hybrid_bases]
         return HybridPolicy(policies, hybrid_weights, hybrid_mode)
     raise ValueError(f"unknown base policy {name!r}: choose from {', '.join(BASE_POLICIES)}")
+
+
+def make_base(args: BaseArgs):
+    """Build the base policy that the flags of a residual script ask for; raises as `make_base_policy`."""
+    return make_base_policy(
+        args.base_policy,
+        il_checkpoint=args.il_checkpoint,
+        hybrid_bases=args.hybrid_bases,
+        hybrid_weights=args.hybrid_weights,
+        hybrid_mode=args.hybrid_mode,
+        act_scale=args.act_scale,
+        gain=args.ik_gain,
+        damping=args.ik_damping,
+        speed_limit=args.ik_speed_limit,
+        press_depth=args.ik_press_depth,
+        hover_height=args.ik_hover_height,
+    )

@@ -5,7 +5,7 @@
     gym.make_vec("PaperSquare-v0", num_envs=64, vectorization_mode="vector_entry_point")
 
 `PaperSquareVectorEnv` holds the physics, the reward and the observation; `PaperSquareEnv` is one of its environments.
-The environment knows nothing of base policies or residuals.
+The environment knows nothing of base policies or residuals. `EnvArgs` are the flags that the training scripts inherit.
 """
 
 import atexit
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import gymnasium as gym
@@ -56,6 +57,41 @@ OBS = {name: slice(end - len(zero), end) for (name, (zero, _)), end in zip(OBS_R
 def to_si(obs: np.ndarray) -> np.ndarray:
     """Observations (..., obs_dim) back to SI units, float64; `to_si(obs)[..., OBS["sheet_pos"]]` is in metres."""
     return obs / OBS_SCALE + OBS_ZERO
+
+
+@dataclass
+class EnvArgs:
+    act_scale: float = 0.02
+    """largest change of a joint target per policy step, rad"""
+    tape_half_size: float = 0.08
+    """half the inside width of the tape square, m"""
+    randomize: bool = True
+    """randomise the sheet's pose, friction and mass at every reset"""
+    randomize_xy: float = 0.05
+    """largest offset of the sheet's start in x and y, m"""
+    randomize_yaw: float = 0.3
+    """largest yaw of the sheet's start, rad"""
+    randomize_friction: float = 0.2
+    """largest relative change of the friction coefficients"""
+    randomize_mass: float = 0.1
+    """largest relative change of the sheet's mass"""
+    success_weight: float = 10.0
+    """reward, once, for a success"""
+    distance_weight: float = -2.0
+    """reward per m between the sheet's centre and the square's, each step"""
+    orientation_weight: float = -0.1
+    """reward per rad between the sheet's yaw and a multiple of 90 degrees, each step"""
+    time_weight: float = -0.01
+    """reward each step"""
+    reach_weight: float = 0.0
+    """reward per m between the fingertip and the sheet's centre, each step; negative draws the finger to the sheet"""
+    num_threads: int = 0
+    """threads that step the physics; 0 takes all cores"""
+
+
+def env_kwargs(args: EnvArgs) -> dict:
+    """The constructor arguments of the environment that are flags of the training scripts."""
+    return {field.name: getattr(args, field.name) for field in fields(EnvArgs)}
 
 
 class PaperSquareVectorEnv(VectorEnv):
@@ -121,7 +157,7 @@ class PaperSquareVectorEnv(VectorEnv):
     `num_envs`; `act_scale` (rad per step); `max_episode_steps`; `hold_steps`; `tape_half_size` (m; assign the attribute
     of that name to change it, from each environment's next episode on); the weights `success_weight`,
     `distance_weight`, `orientation_weight`, `time_weight`, `reach_weight`; `randomize` and its four scales;
-    `physics_hz`, `control_hz`, `policy_hz` (each must divide the one before it); `num_threads` (default: all cores);
+    `physics_hz`, `control_hz`, `policy_hz` (each must divide the one before it); `num_threads` (0: all cores);
     `autoreset_mode` (`SAME_STEP`, or `DISABLED` with `reset(options={"reset_mask": mask})`); `render_mode` (None,
     "rgb_array", "human": the first environment in MuJoCo's viewer), `camera` (top, side, wrist), `width`, `height`.
 
@@ -149,7 +185,7 @@ class PaperSquareVectorEnv(VectorEnv):
         physics_hz: int = 360,
         control_hz: int = 180,
         policy_hz: int = 30,
-        num_threads: int | None = None,
+        num_threads: int = 0,
         autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP,
         render_mode: str | None = None,
         camera: str = "side",
@@ -201,7 +237,7 @@ class PaperSquareVectorEnv(VectorEnv):
         for element in (*spec.cameras, *spec.lights):
             spec.delete(element)
         self.model = spec.compile()
-        self.batch = Batch(self.model, num_envs, num_threads or 0, persistent=True)
+        self.batch = Batch(self.model, num_envs, num_threads, persistent=True)
         self.pair_friction = self.batch.expand("pair_friction")  # (num_envs, pairs, 5), drawn at every reset
         self._body_mass, self._body_inertia = self.batch.expand("body_mass"), self.batch.expand("body_inertia")
         self._sheet = self.model.body("sheet").id
@@ -227,7 +263,8 @@ class PaperSquareVectorEnv(VectorEnv):
     def reset(self, *, seed: int | list[int | None] | None = None, options: dict | None = None):
         """Start episodes; environment i is seeded with `seed + i`, or with `seed[i]`.
 
-        `options={"reset_mask": mask}` with a boolean array (num_envs,) resets only those environments.
+        `options={"reset_mask": mask}` with a boolean array (num_envs,) resets only those environments;
+        `options={"episode_steps": steps}` with integers (num_envs,) counts so many of their steps as taken already.
         Returns observations (num_envs, obs_dim) float32 and infos.
         """
         mask = (options or {}).get("reset_mask")
@@ -238,10 +275,16 @@ class PaperSquareVectorEnv(VectorEnv):
             seed = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
         if len(seed) != self.num_envs:
             raise ValueError(f"a list of seeds needs one per environment: expected {self.num_envs}, found {len(seed)}")
+        taken = (options or {}).get("episode_steps")
+        episode_steps = np.zeros(self.num_envs, dtype=np.int64) if taken is None else np.asarray(taken)
+        in_range = np.isin(episode_steps, np.arange(self.max_episode_steps))
+        if episode_steps.shape != (self.num_envs,) or not in_range.all():
+            raise ValueError(f"episode_steps must be {self.num_envs} integers from 0 to {self.max_episode_steps - 1}")
         for i in np.flatnonzero(mask):
             if seed[i] is not None or self._rngs[i] is None:
                 self._rngs[i] = np.random.default_rng(seed[i])
         self._start_episodes(np.flatnonzero(mask))
+        self._episode_steps[mask] = episode_steps[mask]
         infos = self._state_info()
         return self._observe(), {**infos, **{f"_{key}": mask.copy() for key in infos}}
 

@@ -3,14 +3,14 @@
     python eval.py --policy jacobian                                          # a base policy needs no checkpoint
     python eval.py --model-path runs/NAME/last.pt --compare-base --save-video
 
-Prints one table and writes results.json. Also holds what the training scripts evaluate with: `play_episodes`,
-`summarize`, `format_table`, `load_checkpoint`.
+Prints one table and writes results.json. Also holds what the training scripts evaluate with: `validate`, `report`.
 """
 
 import importlib
 import json
 import pickle
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from base_policies import make_base_policy
 from env_paper_square import OBS, PaperSquareVectorEnv
 
 POLICY_HZ = 30  # steps per second, the environment's default
-SCRIPTS = ("ppo_residual",)  # that a checkpoint may come from
+SCRIPTS = ("ppo_residual", "ppo", "sac_residual")  # that a checkpoint may come from
 VALIDATION_SEED = 1_000_000  # episodes that training evaluates on as it goes
 TEST_SEED = 2_000_000  # episodes that results are reported on
 
@@ -39,7 +39,7 @@ class Args:
     policy: tuple[str, ...] = ()
     """policies without a checkpoint: zero, random, jacobian, hybrid"""
     compare_base: bool = False
-    """also play the base policy of each checkpoint alone"""
+    """also play the base policy of each checkpoint that has one"""
     compare_zero: bool = False
     """also play the zero policy"""
     compare_random: bool = False
@@ -166,14 +166,14 @@ def format_table(results: dict[str, dict]) -> str:
     lines = [["policy", "success", "95 % interval", "return", "time to success", "final distance", "force med/max"]]
     for name, row in results.items():
         low, high = row["ci95"]
-        time, force = row["median_time_to_success_s"], row["fingertip_force_n"]
+        seconds, force = row["median_time_to_success_s"], row["fingertip_force_n"]
         lines.append(
             [
                 name,
                 f"{100 * row['success_rate']:.1f} %",
                 f"{100 * low:.1f} to {100 * high:.1f} %",
                 f"{row['mean_return']:.1f}",
-                "-" if time is None else f"{time:.1f} s",
+                "-" if seconds is None else f"{seconds:.1f} s",
                 f"{1000 * row['mean_final_distance_m']:.0f} mm",
                 "-" if force is None else f"{force['median']:.1f}/{force['max']:.1f} N",
             ]
@@ -181,6 +181,13 @@ def format_table(results: dict[str, dict]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([rows[0], "-" * len(rows[0]), *rows[1:]])
+
+
+def save_checkpoint(checkpoint: dict, path: Path) -> None:
+    """Write a checkpoint whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    torch.save(checkpoint, temporary)
+    temporary.replace(path)
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -218,7 +225,7 @@ def load_policies(args: Args) -> tuple[dict, dict]:
         if name in policies:
             name = f"{Path(path).parent.name}/{Path(path).stem}"
         policy = script.make_policy(checkpoint, sample=args.stochastic)
-        if args.compare_base:
+        if args.compare_base and hasattr(policy, "base_policy"):  # pure RL has none
             base_name = f"base {checkpoint['args']['base_policy']}"
             if env_kwargs.get(base_name, checkpoint["env_kwargs"]) != checkpoint["env_kwargs"]:
                 base_name = f"{base_name} of {name}"
@@ -234,6 +241,47 @@ def load_policies(args: Args) -> tuple[dict, dict]:
     if not policies:
         raise ValueError("nothing to evaluate: give --model-path CHECKPOINT or --policy jacobian")
     return policies, env_kwargs
+
+
+def validate(policy, checkpoint: dict, num_episodes: int, elapsed: float, evaluations: list, run_dir: Path) -> dict:
+    """Evaluate in the course of a training: play validation episodes, and save the checkpoint.
+
+    Appends its row to `evaluations` and returns it: `seconds` are those of the training, of `elapsed` less all that was
+    spent here. Writes last.pt, and best.pt if no earlier row is as good: by success, then by mean length.
+    """
+    start = time.perf_counter()
+    seeds = range(VALIDATION_SEED, VALIDATION_SEED + num_episodes)
+    row = summarize(play_episodes(policy, seeds, checkpoint["env_kwargs"]))
+    row = {key: row[key] for key in ("success_rate", "mean_return", "mean_length", "mean_final_distance_m")}
+    save_checkpoint(checkpoint, run_dir / "last.pt")
+    if all((row["success_rate"], -row["mean_length"]) > (e["success_rate"], -e["mean_length"]) for e in evaluations):
+        save_checkpoint(checkpoint, run_dir / "best.pt")
+    seconds = elapsed - sum(earlier["eval_seconds"] for earlier in evaluations)
+    eval_seconds = time.perf_counter() - start
+    evaluations.append(
+        {"global_step": checkpoint["global_step"], "seconds": seconds, "eval_seconds": eval_seconds, **row}
+    )
+    return evaluations[-1]
+
+
+def report(
+    policies: dict, checkpoint: dict, num_episodes: int, evaluations: list, run_dir: Path, film: bool = False
+) -> dict:
+    """End a training: play all policies on the same test episodes, print the table, write results.json."""
+    seeds = range(TEST_SEED, TEST_SEED + num_episodes)
+    results = {
+        name: summarize(play_episodes(policy, seeds, checkpoint["env_kwargs"], progress=name))
+        for name, policy in policies.items()
+    }
+    minutes = evaluations[-1]["seconds"] / 60
+    print(f"{checkpoint['global_step']} steps, {minutes:.1f} min of training; {num_episodes} held-out test episodes:")
+    print(format_table(results))
+    everything = {"policies": results, "evaluations": evaluations, "args": checkpoint["args"]}
+    (run_dir / "results.json").write_text(json.dumps(everything, indent=1) + "\n")
+    if film:
+        film_episode(policies, dict.fromkeys(policies, checkpoint["env_kwargs"]), TEST_SEED, run_dir / "episode.mp4")
+    print(f"wrote {run_dir}; watch it: python eval.py --model-path {run_dir}/last.pt --save-video")
+    return results
 
 
 def plot_results(results: dict[str, dict], path: Path, clearance: float = 0.006) -> None:

@@ -13,7 +13,7 @@ import time
 from collections import defaultdict, deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import gymnasium as gym
 import numpy as np
@@ -25,64 +25,35 @@ from torch.distributions.normal import Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-import env_paper_square  # noqa: F401  registers PaperSquare-v0
-from base_policies import make_base_policy
-from env_paper_square import OBS
-from eval import TEST_SEED, VALIDATION_SEED, check_rendering, fail, film_episode, format_table, play_episodes, summarize
+from base_policies import BaseArgs, make_base
+from env_paper_square import OBS, EnvArgs, env_kwargs
+from eval import VALIDATION_SEED, check_rendering, fail, report, validate
 
 
 @dataclass
-class Args:
-    exp_name: str = "ppo_residual"
+class Args(EnvArgs, BaseArgs):
+    exp_name: str = Path(__file__).stem
     """first part of the run's name; everything it writes is under runs/NAME"""
     seed: int = 1
     """seed of the network, the exploration and the training episodes"""
     torch_threads: int = 1
     """torch's threads; more than one fights the physics for the cores of a small machine"""
-    num_threads: int = 0
-    """threads that step the physics; 0 takes all cores"""
     track: bool = False
     """also log to Weights & Biases"""
     wandb_project: str = "paper-square"
     """project to log to with --track"""
     capture_video: bool = False
-    """film one held-out episode, base beside residual, at the end"""
+    """film one held-out episode at the end"""
     eval_freq: int = 50_000
     """environment steps between evaluations on held-out validation episodes"""
     eval_episodes: int = 100
     """episodes of each such evaluation"""
     test_episodes: int = 200
     """held-out test episodes of the table at the end"""
-
-    # the environment
-    act_scale: float = 0.02
-    """largest change of a joint target per policy step, rad"""
-    tape_half_size: float = 0.08
-    """half the inside width of the tape square, m"""
     curriculum: bool = False
     """shrink the square linearly from curriculum_start to tape_half_size over the first half of the training"""
     curriculum_start: float = 0.12
     """tape_half_size at the start of the curriculum, m"""
-    randomize: bool = True
-    """randomise the sheet's pose, friction and mass at every reset"""
-    randomize_xy: float = 0.05
-    """largest offset of the sheet's start in x and y, m"""
-    randomize_yaw: float = 0.3
-    """largest yaw of the sheet's start, rad"""
-    randomize_friction: float = 0.2
-    """largest relative change of the friction coefficients"""
-    randomize_mass: float = 0.1
-    """largest relative change of the sheet's mass"""
-    success_weight: float = 10.0
-    """reward, once, for a success"""
-    distance_weight: float = -2.0
-    """reward per m between the sheet's centre and the square's, each step"""
-    orientation_weight: float = -0.1
-    """reward per rad between the sheet's yaw and a multiple of 90 degrees, each step"""
-    time_weight: float = -0.01
-    """reward each step"""
-    reach_weight: float = 0.0
-    """reward per m between the fingertip and the sheet's centre, each step; negative draws the finger to the sheet"""
 
     # PPO
     total_timesteps: int = 500_000
@@ -110,7 +81,9 @@ class Args:
     max_grad_norm: float = 0.5
     """largest gradient norm, of actor and critic each, so that neither eats the other's"""
     reward_scale: float = 0.1
-    """factor on the rewards that PPO sees, so that returns are of order one"""
+    """factor on the rewards that the agent sees, so that returns are of order one"""
+    value_init: bool = True
+    """start the critic at the first rewards' mean / (1 - gamma); at zero it would praise whatever it has not seen"""
     hidden_size: int = 64
     """width of the two hidden layers"""
     init_std: float = 0.4
@@ -119,8 +92,8 @@ class Args:
     # the residual
     alpha: float = 0.5
     """authority of the residual, from 0 to 1"""
-    alpha_schedule: Literal["constant", "linear"] = "constant"
-    """linear: alpha rises from alpha_start to alpha_end over the training"""
+    alpha_schedule: str = "constant"
+    """constant, or linear: alpha goes from alpha_start to alpha_end over the training"""
     alpha_start: float = 0.3
     """alpha at the start of the linear schedule"""
     alpha_end: float = 1.0
@@ -130,35 +103,10 @@ class Args:
     base_input: bool = True
     """show the base action to actor and critic"""
 
-    # the base policy
-    base_policy: str = "jacobian"
-    """frozen policy that the residual corrects: zero, jacobian, hybrid or il"""
-    ik_gain: float = 0.5
-    """jacobian: share of the error made good per step"""
-    ik_damping: float = 0.01
-    """jacobian: damping of the least squares, m"""
-    ik_speed_limit: float = 0.01
-    """jacobian: largest joint step, rad"""
-    ik_press_depth: float = 0.0015
-    """jacobian: how far below contact the fingertip is sent, m"""
-    ik_hover_height: float = 0.025
-    """jacobian: height of the fingertip's centre away from the sheet, m"""
-    il_checkpoint: str = ""
-    """il: file or folder of the imitation-learned policy"""
-    hybrid_bases: tuple[str, ...] = ("jacobian", "zero")
-    """hybrid: the bases to combine"""
-    hybrid_weights: tuple[float, ...] = (0.5, 0.5)
-    """hybrid: a weight for each base"""
-    hybrid_mode: Literal["blend", "switch"] = "blend"
-    """hybrid: mean of the actions, or one base after the other along the sheet's way"""
-
 
 def check_args(args):
     """Raise ValueError, one line for the user, for values that do not fit."""
     batch_size = args.num_envs * args.num_steps
-    for name in ("alpha", "alpha_start", "alpha_end"):
-        if not 0.0 <= getattr(args, name) <= 1.0:
-            raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1], found {getattr(args, name)}")
     if args.num_envs < 1 or args.num_steps < 1 or args.minibatch_size < 1 or batch_size % args.minibatch_size:
         raise ValueError(
             f"--minibatch-size must divide num_envs * num_steps = {args.num_envs} * {args.num_steps} = {batch_size}, "
@@ -174,29 +122,43 @@ def check_args(args):
     for name in ("learning_rate", "init_std", "act_scale", "tape_half_size", "curriculum_start"):
         if not getattr(args, name) > 0.0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, found {getattr(args, name)}")
+    if not 0.0 <= args.gamma < 1.0:
+        raise ValueError(f"--gamma must lie in [0, 1), found {args.gamma}")
     if not 0 <= args.seed * args.num_envs < VALIDATION_SEED - args.num_envs:
         raise ValueError(f"--seed times --num-envs must lie below {VALIDATION_SEED}, where held-out episodes begin")
+    for name in ("alpha", "alpha_start", "alpha_end"):
+        if not 0.0 <= getattr(args, name) <= 1.0:
+            raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1], found {getattr(args, name)}")
+    if args.alpha_schedule not in ("constant", "linear"):
+        raise ValueError(f"--alpha-schedule must be constant or linear, found {args.alpha_schedule!r}")
+    make_base(args)  # a base that cannot be built is an error now, before anything is written
 
 
-def task_kwargs(args):
-    """What evaluation needs to know of the environment; everything else is the task's own default."""
-    return {"act_scale": args.act_scale, "tape_half_size": args.tape_half_size}
+def alpha_at(args, global_step):
+    """The authority of the residual after `global_step` steps of the training."""
+    if args.alpha_schedule == "constant":
+        return args.alpha
+    return args.alpha_start + global_step / args.total_timesteps * (args.alpha_end - args.alpha_start)
 
 
-def make_base(args):
-    return make_base_policy(
-        args.base_policy,
-        il_checkpoint=args.il_checkpoint,
-        hybrid_bases=args.hybrid_bases,
-        hybrid_weights=args.hybrid_weights,
-        hybrid_mode=args.hybrid_mode,
-        act_scale=args.act_scale,
-        gain=args.ik_gain,
-        damping=args.ik_damping,
-        speed_limit=args.ik_speed_limit,
-        press_depth=args.ik_press_depth,
-        hover_height=args.ik_hover_height,
-    )
+def append_base(obs, base_action, base_input):
+    """Observation (num_envs, obs_dim) and base action (num_envs, 6) as one, float32, if actor and critic see both."""
+    return np.concatenate([obs, base_action], axis=1, dtype=np.float32, casting="same_kind") if base_input else obs
+
+
+class ResidualPolicy:
+    """The frozen base, corrected by the agent: `policy(obs) -> action`."""
+
+    def __init__(self, agent_policy, base_policy, alpha, base_input):
+        self.agent_policy, self.base_policy, self.alpha, self.base_input = agent_policy, base_policy, alpha, base_input
+
+    def __call__(self, obs):
+        base_action = self.base_policy(obs)
+        self.residual_action = self.agent_policy(append_base(obs, base_action, self.base_input))
+        return np.clip(base_action + self.alpha * self.residual_action, -1.0, 1.0)
+
+    def reset(self, mask):
+        self.base_policy.reset(mask)
 
 
 def layer_init(layer, std=np.sqrt(2), bias_const=0.0):
@@ -207,6 +169,7 @@ def layer_init(layer, std=np.sqrt(2), bias_const=0.0):
 
 def mlp(input_dim, hidden_size, output_dim, std):
     return nn.Sequential(
+        nn.Hardtanh(-5.0, 5.0),  # inputs are of order one, but joint_target_error reaches 100 when the arm pushes
         layer_init(nn.Linear(input_dim, hidden_size)),
         nn.Tanh(),
         layer_init(nn.Linear(hidden_size, hidden_size)),
@@ -219,7 +182,7 @@ class Agent(nn.Module):
     def __init__(self, obs_dim, action_dim, hidden_size, init_std):
         super().__init__()
         self.critic = mlp(obs_dim, hidden_size, 1, std=1.0)
-        self.actor_mean = mlp(obs_dim, hidden_size, action_dim, std=0.0)  # the residual starts at zero
+        self.actor_mean = mlp(obs_dim, hidden_size, action_dim, std=0.0)  # starts at zero
         self.actor_logstd = nn.Parameter(torch.full((1, action_dim), float(np.log(init_std))))
 
     def get_value(self, x):
@@ -233,41 +196,45 @@ class Agent(nn.Module):
         return action, probs.log_prob(action).sum(1), probs.entropy().sum(1), self.get_value(x)
 
 
-class ResidualPolicy:
-    """The trained policy, base included: `policy(obs) -> action`, by the residual's mean unless `sample`."""
+class AgentPolicy:
+    """The agent alone, `policy(obs) -> action`: by its mean, unless `sample`."""
 
-    def __init__(self, agent, base_policy, alpha, base_input, sample=False):
-        self.agent, self.base_policy, self.alpha = agent, base_policy, alpha
-        self.base_input, self.sample = base_input, sample
+    def __init__(self, agent, sample=False):
+        self.agent, self.sample = agent, sample
 
     def __call__(self, obs):
-        base_action = self.base_policy(obs)
-        x = agent_input(obs, base_action, self.base_input)
         with torch.inference_mode():
-            mean = self.agent.actor_mean(x)
-            residual = torch.normal(mean, self.agent.actor_logstd.exp().expand_as(mean)) if self.sample else mean
-        self.residual_action = residual.clamp(-1.0, 1.0).numpy()
-        return np.clip(base_action + self.alpha * self.residual_action, -1.0, 1.0)
+            mean = self.agent.actor_mean(torch.from_numpy(obs))
+            action = torch.normal(mean, self.agent.actor_logstd.exp().expand_as(mean)) if self.sample else mean
+        return action.clamp(-1.0, 1.0).numpy()
 
     def reset(self, mask):
-        self.base_policy.reset(mask)
+        pass
+
+
+def make_checkpoint(args, agent, global_step):
+    """Everything that `make_policy` and eval.py need, as torch.load(weights_only=True) accepts it."""
+    return {
+        "script": Path(__file__).stem,
+        "args": asdict(args),
+        "env_kwargs": {"act_scale": args.act_scale, "tape_half_size": args.tape_half_size},
+        "obs_names": list(OBS),
+        "model": agent.state_dict(),
+        "global_step": global_step,
+    }
 
 
 def make_policy(checkpoint, sample=False):
     """Rebuild the policy from a checkpoint alone; raises ValueError if its parts do not fit."""
     try:
         args = Args(**checkpoint["args"])
-        agent = Agent(checkpoint["model"]["critic.0.weight"].shape[1], 6, args.hidden_size, args.init_std)
+        with torch.random.fork_rng(devices=[]):  # the training's own random numbers go on as if this were not
+            agent = Agent(checkpoint["model"]["critic.1.weight"].shape[1], 6, args.hidden_size, args.init_std)
         agent.load_state_dict(checkpoint["model"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"checkpoint does not fit {Path(__file__).name}: {str(error).splitlines()[0]}") from error
-    return ResidualPolicy(agent, make_base(args), checkpoint["alpha"], args.base_input, sample)
-
-
-def agent_input(obs, base_action, base_input):
-    """What actor and critic see: observation (num_envs, obs_dim) and base action (num_envs, 6), float32."""
-    x = np.concatenate([obs, base_action], axis=1, dtype=np.float32, casting="same_kind") if base_input else obs
-    return torch.from_numpy(x)
+    policy = AgentPolicy(agent, sample)
+    return ResidualPolicy(policy, make_base(args), alpha_at(args, checkpoint["global_step"]), args.base_input)
 
 
 def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
@@ -285,29 +252,11 @@ def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
     return advantages, advantages + values
 
 
-def save_checkpoint(path, args, agent, alpha, global_step):
-    checkpoint = {
-        "script": Path(__file__).stem,
-        "args": asdict(args),
-        "env_kwargs": task_kwargs(args),
-        "obs_names": list(OBS),
-        "model": agent.state_dict(),
-        "alpha": alpha,
-        "global_step": global_step,
-    }
-    temporary = path.with_suffix(".tmp")
-    torch.save(checkpoint, temporary)
-    temporary.replace(path)
-
-
 if __name__ == "__main__":
     args = tyro.cli(Args)
     run_dir = Path("runs") / f"{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    eval_kwargs = task_kwargs(args)
     try:
         check_args(args)
-        base_policy = make_base(args)
-        eval_base_policy = make_base(args)
         if args.capture_video:
             check_rendering()
         if args.track:
@@ -330,22 +279,17 @@ if __name__ == "__main__":
         "PaperSquare-v0",
         num_envs=args.num_envs,
         vectorization_mode="vector_entry_point",  # autoreset mode SAME_STEP
-        num_threads=args.num_threads or None,
-        act_scale=args.act_scale,
-        tape_half_size=args.tape_half_size,
-        success_weight=args.success_weight,
-        distance_weight=args.distance_weight,
-        orientation_weight=args.orientation_weight,
-        time_weight=args.time_weight,
-        reach_weight=args.reach_weight,
-        randomize=args.randomize,
-        randomize_xy=args.randomize_xy,
-        randomize_yaw=args.randomize_yaw,
-        randomize_friction=args.randomize_friction,
-        randomize_mass=args.randomize_mass,
+        **env_kwargs(args),
     )
-    action_dim = envs.single_action_space.shape[0]
-    obs_dim = envs.single_observation_space.shape[0] + (action_dim if args.base_input else 0)
+    # The first episodes end early, each at another time: in step, every rollout would hold one phase of an episode only
+    episode_steps = np.arange(args.num_envs) * envs.max_episode_steps // args.num_envs
+    next_obs, _ = envs.reset(seed=args.seed * args.num_envs, options={"episode_steps": episode_steps})
+    base_policy = make_base(args)
+    base_policy.reset(np.ones(args.num_envs, dtype=bool))
+    base_action = base_policy(next_obs)
+    next_obs = append_base(next_obs, base_action, args.base_input)
+    next_obs = torch.from_numpy(next_obs)
+    obs_dim, action_dim = next_obs.shape[1], envs.single_action_space.shape[0]
     agent = Agent(obs_dim, action_dim, args.hidden_size, args.init_std)
     optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     actor_parameters = [*agent.actor_mean.parameters(), agent.actor_logstd]
@@ -362,22 +306,15 @@ if __name__ == "__main__":
     values = torch.zeros((args.num_steps, args.num_envs))
 
     # Evaluation on validation episodes, before the first update and every eval_freq steps
-    best = (-1.0, 0.0)  # success rate, minus mean length
-    alpha = args.alpha if args.alpha_schedule == "constant" else args.alpha_start
+    evaluations = []
 
     def evaluate(global_step):
-        global best
-        start = time.perf_counter()
-        policy = ResidualPolicy(agent, eval_base_policy, alpha, args.base_input)
-        seeds = range(VALIDATION_SEED, VALIDATION_SEED + args.eval_episodes)
-        row = summarize(play_episodes(policy, seeds, eval_kwargs))
-        for key in ("success_rate", "mean_return", "mean_length", "mean_final_distance_m", "mean_residual_norm"):
+        checkpoint = make_checkpoint(args, agent, global_step)
+        elapsed = time.perf_counter() - start_time
+        row = validate(make_policy(checkpoint), checkpoint, args.eval_episodes, elapsed, evaluations, run_dir)
+        for key in ("success_rate", "mean_return", "mean_length", "mean_final_distance_m"):
             writer.add_scalar(f"eval/{key}", row[key], global_step)
-        writer.add_scalar("time/eval", time.perf_counter() - start, global_step)
-        save_checkpoint(run_dir / "last.pt", args, agent, alpha, global_step)
-        if (row["success_rate"], -row["mean_length"]) > best:
-            best = (row["success_rate"], -row["mean_length"])
-            save_checkpoint(run_dir / "best.pt", args, agent, alpha, global_step)
+        writer.add_scalar("time/eval", row["eval_seconds"], global_step)
         return row["success_rate"]
 
     start_time = time.perf_counter()
@@ -387,11 +324,6 @@ if __name__ == "__main__":
     episode_returns = np.zeros(args.num_envs)
     episode_lengths = np.zeros(args.num_envs)
     last_episodes = defaultdict(lambda: deque(maxlen=100))
-
-    next_obs, _ = envs.reset(seed=args.seed * args.num_envs)
-    base_policy.reset(np.ones(args.num_envs, dtype=bool))
-    base_action = base_policy(next_obs)
-    next_x = agent_input(next_obs, base_action, args.base_input)
     bar = tqdm(total=num_iterations * batch_size, unit="step", unit_scale=True, desc=args.exp_name)
 
     for iteration in range(1, num_iterations + 1):
@@ -399,8 +331,6 @@ if __name__ == "__main__":
         progress = (iteration - 1) / num_iterations
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = (1.0 - progress) * args.learning_rate
-        if args.alpha_schedule == "linear":
-            alpha = args.alpha_start + progress * (args.alpha_end - args.alpha_start)
         if args.curriculum:
             share = max(0.0, 1.0 - 2.0 * progress)
             envs.tape_half_size = args.tape_half_size + share * (args.curriculum_start - args.tape_half_size)
@@ -410,40 +340,30 @@ if __name__ == "__main__":
         step_sums = defaultdict(float)
         for step in range(args.num_steps):
             global_step += args.num_envs
-            obs[step] = next_x
+            obs[step] = next_obs
             with torch.inference_mode():
-                residual, logprob, _, value = agent.get_action_and_value(next_x)
-            actions[step], logprobs[step], values[step] = residual, logprob, value
+                action, logprob, _, value = agent.get_action_and_value(next_obs)
+            actions[step], logprobs[step], values[step] = action, logprob, value
+            action = action.clamp(-1.0, 1.0).numpy()
 
-            # The residual composition
-            residual_action = residual.clamp(-1.0, 1.0).numpy()
+            # The composition: what the agent does is a residual on what the base does
+            residual_action, alpha = action, alpha_at(args, global_step)
             action = np.clip(base_action + alpha * residual_action, -1.0, 1.0)
 
             next_obs, reward, terminations, truncations, infos = envs.step(action)
             done = terminations | truncations
+
+            # The price of the residual, and what to log of it
             penalty = args.residual_penalty * np.square(residual_action).sum(axis=1)
             reward = reward - penalty
-            episode_returns += reward
-            episode_lengths += 1
-
-            # Truncation is not termination: the value of the last observation stands in for what would have come
-            reward = args.reward_scale * reward
-            if truncations.any():
-                final_obs = np.stack(infos["final_obs"][truncations])
-                with torch.inference_mode():
-                    final_x = agent_input(final_obs, base_policy(final_obs), args.base_input)
-                    reward[truncations] += args.gamma * agent.get_value(final_x).numpy()
-            rewards[step] = torch.from_numpy(reward)
-            dones[step] = torch.from_numpy(done)
-
-            base_policy.reset(done)
-            base_action = base_policy(next_obs)
-            next_x = agent_input(next_obs, base_action, args.base_input)
-
-            # Logging
             step_sums["residual/penalty"] -= penalty.sum()
             step_sums["residual/norm"] += np.linalg.norm(residual_action, axis=1).sum()
             step_sums["residual/base_norm"] += np.linalg.norm(base_action, axis=1).sum()
+            step_sums["residual/alpha"] += alpha * args.num_envs
+            last_episodes["residual/success_rate"].extend(terminations[done])
+
+            episode_returns += reward
+            episode_lengths += 1
             for info in (infos, infos.get("final_info", {})):
                 for key, term in info.items():
                     if key.startswith("reward/"):
@@ -451,15 +371,36 @@ if __name__ == "__main__":
             if done.any():
                 last_episodes["rollout/ep_rew_mean"].extend(episode_returns[done])
                 last_episodes["rollout/ep_len_mean"].extend(episode_lengths[done])
-                last_episodes["residual/success_rate"].extend(terminations[done])
+                last_episodes["rollout/success_rate"].extend(terminations[done])
                 last_episodes["task/dist_to_goal"].extend(infos["final_info"]["dist_to_goal"][done])
                 last_episodes["task/orientation_error"].extend(infos["final_info"]["orientation_error"][done])
                 episode_returns[done] = episode_lengths[done] = 0
 
+            reward = args.reward_scale * reward
+            if args.value_init and global_step == args.num_envs:  # the first step
+                offset = reward.mean() / (1.0 - args.gamma)
+                values[step] += offset
+                with torch.no_grad():
+                    agent.critic[-1].bias += offset
+
+            # Truncation is not termination: the value of the last observation stands in for what would have come
+            if truncations.any():
+                final_obs = np.stack(infos["final_obs"][truncations])
+                final_obs = append_base(final_obs, base_policy(final_obs), args.base_input)
+                with torch.inference_mode():
+                    reward[truncations] += args.gamma * agent.get_value(torch.from_numpy(final_obs)).numpy()
+            rewards[step], dones[step] = torch.from_numpy(reward), torch.from_numpy(done)
+
+            # The base's next action, which actor and critic see
+            base_policy.reset(done)
+            base_action = base_policy(next_obs)
+            next_obs = append_base(next_obs, base_action, args.base_input)
+            next_obs = torch.from_numpy(next_obs)
+
         # Advantages
         update_start = time.perf_counter()
         with torch.inference_mode():
-            next_value = agent.get_value(next_x)
+            next_value = agent.get_value(next_obs)
         advantages, returns = compute_gae(rewards, values, dones, next_value, args.gamma, args.gae_lambda)
 
         # Update
@@ -497,7 +438,6 @@ if __name__ == "__main__":
             **{key: np.mean(last) for key, last in last_episodes.items() if last},
             **{key: total / batch_size for key, total in step_sums.items()},
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
-            "charts/alpha": alpha,
             "charts/tape_half_size": envs.tape_half_size,
             "charts/std": agent.actor_logstd.exp().mean().item(),
             "charts/SPS": batch_size / (now - collect_start),
@@ -518,24 +458,13 @@ if __name__ == "__main__":
             eval_success = evaluate(global_step)
             next_eval += args.eval_freq
         bar.update(batch_size)
-        bar.set_postfix(success=f"{scalars.get('residual/success_rate', 0.0):.2f}", eval=f"{eval_success:.2f}")
+        bar.set_postfix(success=f"{scalars.get('rollout/success_rate', 0.0):.2f}", eval=f"{eval_success:.2f}")
     bar.close()
     envs.close()
-    minutes = (time.perf_counter() - start_time) / 60
 
-    # The result: base and residual on the same test episodes, which nothing was chosen by
-    policies = {
-        f"base {args.base_policy}": eval_base_policy,
-        f"residual, alpha {alpha:g}": ResidualPolicy(agent, eval_base_policy, alpha, args.base_input),
-    }
-    seeds = range(TEST_SEED, TEST_SEED + args.test_episodes)
-    results = {
-        name: summarize(play_episodes(policy, seeds, eval_kwargs, progress=name)) for name, policy in policies.items()
-    }
-    print(f"{global_step} steps in {minutes:.1f} min; {args.test_episodes} held-out test episodes:")
-    print(format_table(results))
-    (run_dir / "results.json").write_text(json.dumps({"policies": results, "args": asdict(args)}, indent=1) + "\n")
-    if args.capture_video:
-        film_episode(policies, dict.fromkeys(policies, eval_kwargs), TEST_SEED, run_dir / "episode.mp4")
+    # The result, on test episodes, which nothing was chosen by
+    checkpoint = make_checkpoint(args, agent, global_step)
+    policy = make_policy(checkpoint)
+    policies = {f"base {args.base_policy}": policy.base_policy, f"residual, alpha {policy.alpha:g}": policy}
+    results = report(policies, checkpoint, args.test_episodes, evaluations, run_dir, film=args.capture_video)
     writer.close()
-    print(f"wrote {run_dir}; watch it: python eval.py --model-path {run_dir}/last.pt --compare-base --save-video")

@@ -25,8 +25,10 @@ from env_paper_square import (
     SCENE_PATH,
     SQUARE_POS,
     TAPE_WIDTH,
+    EnvArgs,
     PaperSquareEnv,
     PaperSquareVectorEnv,
+    env_kwargs,
     to_si,
 )
 
@@ -404,6 +406,26 @@ def test_reset_mask_resets_the_masked_and_leaves_the_others_alone():
         assert_array_equal(observations[~mask], undisturbed[0][step][~mask])
         assert_array_equal(rewards[~mask], undisturbed[1][step - 1][~mask])
         assert_array_equal(rewards[1], fresh[1][step - 9, 0])
+
+
+def test_episodes_can_start_with_steps_already_taken():
+    envs = PaperSquareVectorEnv(3, max_episode_steps=8)
+    fresh, _ = envs.reset(seed=0)
+    started, _ = envs.reset(seed=0, options={"episode_steps": np.array([0, 5, 7])})
+    assert_array_equal(fresh, started)
+    lengths = np.zeros(3)
+    for step in range(1, 9):
+        truncations = envs.step(np.zeros((3, 6)))[3]
+        lengths[truncations & (lengths == 0)] = step
+    assert_array_equal(lengths, [8, 3, 1])
+    for bad in (np.array([0, 0, 8]), np.array([0, -1, 0]), np.zeros(2, dtype=int)):
+        with pytest.raises(ValueError, match="episode_steps"):
+            envs.reset(seed=0, options={"episode_steps": bad})
+
+
+def test_flags_have_the_defaults_of_the_constructor():
+    parameters = inspect.signature(PaperSquareVectorEnv).parameters
+    assert env_kwargs(EnvArgs()) == {name: parameters[name].default for name in env_kwargs(EnvArgs())}
 
 
 # Randomisation

@@ -1,4 +1,4 @@
-"""The training script and eval.py: algorithm, checkpoints, bad input, README."""
+"""The training scripts and eval.py: algorithms, what keeps the scripts alike, checkpoints, bad input, README."""
 
 import ast
 import json
@@ -6,6 +6,8 @@ import pickle
 import re
 import runpy
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,17 +21,23 @@ from gymnasium.vector.utils import batch_space
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import eval as evaluation
+import ppo
 import ppo_residual
+import sac_residual
 from base_policies import JacobianIKPolicy
 from env_paper_square import OBS_DIM
-from ppo_residual import Agent, Args, ResidualPolicy, compute_gae
+from ppo_residual import Agent, AgentPolicy, Args, ResidualPolicy, compute_gae
+from sac_residual import ReplayBuffer, n_step_returns
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"ppo_residual.py": ppo_residual.Args, "eval.py": evaluation.Args}
-TINY = (
-    "--total-timesteps 32 --num-envs 2 --num-steps 8 --minibatch-size 8 --update-epochs 1 "
-    "--eval-episodes 1 --test-episodes 1 --eval-freq 1000"
-)
+TRAINING = {"ppo.py": ppo, "ppo_residual.py": ppo_residual, "sac_residual.py": sac_residual}
+SCRIPTS = {**{name: module.Args for name, module in TRAINING.items()}, "eval.py": evaluation.Args}
+TINY_RUN = "--total-timesteps 32 --num-envs 2 --eval-episodes 1 --test-episodes 1 --eval-freq 1000"
+TINY = {
+    "ppo.py": f"{TINY_RUN} --num-steps 8 --minibatch-size 8 --update-epochs 1",
+    "ppo_residual.py": f"{TINY_RUN} --num-steps 8 --minibatch-size 8 --update-epochs 1",
+    "sac_residual.py": f"{TINY_RUN} --learning-starts 8 --batch-size 8 --buffer-size 1000",
+}
 
 
 def run_script(name, flags, monkeypatch, folder):
@@ -67,7 +75,7 @@ class ToyVectorEnv(VectorEnv):
     """Environment 0 is truncated after 2 steps, environment 1 terminates after 3; obs[0] counts the steps."""
 
     def __init__(self, num_envs, **kwargs):
-        self.num_envs, self.tape_half_size = num_envs, 0.08
+        self.num_envs, self.tape_half_size, self.max_episode_steps = num_envs, 0.08, 400
         self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
         self.single_action_space = gym.spaces.Box(-1, 1, (6,), np.float32)
         self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (OBS_DIM,), np.float32)
@@ -98,30 +106,203 @@ class ToyVectorEnv(VectorEnv):
         return self.observe(), rewards, terminations, truncations, infos
 
 
-def test_rollout_stores_whole_transitions_and_bootstraps_truncation_only(monkeypatch, tmp_path):
-    spec = gym.registry["PaperSquare-v0"]
-    monkeypatch.setattr(spec, "vector_entry_point", ToyVectorEnv)
-    flags = TINY.replace("timesteps 32", "timesteps 12").replace("num-steps 8", "num-steps 6")
-    flags = flags.replace("minibatch-size 8", "minibatch-size 12")
-    flags += " --base-policy zero --learning-rate 1e-12 --residual-penalty 0 --gamma 0.9 --reward-scale 0.1"
-    script = run_script("ppo_residual.py", flags, monkeypatch, tmp_path)
+def run_toy(name, flags, monkeypatch, folder):
+    monkeypatch.setattr(gym.registry["PaperSquare-v0"], "vector_entry_point", ToyVectorEnv)
+    return run_script(name, f"{TINY_RUN} --gamma 0.9 --reward-scale 0.1 {flags}", monkeypatch, folder)
+
+
+@pytest.mark.parametrize("name", ["ppo.py", "ppo_residual.py"])
+def test_rollout_stores_whole_transitions_and_bootstraps_truncation_only(name, monkeypatch, tmp_path):
+    flags = "--total-timesteps 12 --num-steps 6 --minibatch-size 12 --update-epochs 1 --learning-rate 1e-12"
+    if name == "ppo_residual.py":
+        flags += " --base-policy zero --residual-penalty 0"
+    script = run_toy(name, flags, monkeypatch, tmp_path)
     obs, rewards, dones = script["obs"], script["rewards"], script["dones"]
     assert obs[:, 0, 0].tolist() == [0, 1, 0, 1, 0, 1]
     assert obs[:, 1, 0].tolist() == [0, 1, 2, 0, 1, 2]
     assert dones[:, 0].tolist() == [0, 1, 0, 1, 0, 1]
     assert dones[:, 1].tolist() == [0, 0, 1, 0, 0, 1]
-    final_x = torch.zeros(1, OBS_DIM + 6)
-    final_x[0, 0] = 2.0  # the observation that the truncated episode ended with, not the next episode's first
+    final_obs = torch.zeros(1, obs.shape[2])
+    final_obs[0, 0] = 2.0  # the observation that the truncated episode ended with, not the next episode's first
     with torch.no_grad():
-        last_value = script["agent"].get_value(final_x).item()
+        last_value = script["agent"].get_value(final_obs).item()
     expected = [1, 2 + 0.9 * last_value] * 3
     np.testing.assert_allclose(rewards[:, 0].numpy(), expected, rtol=1e-5)
     np.testing.assert_allclose(rewards[:, 1].numpy(), [1, 2, 3, 1, 2, 3], rtol=1e-6)
+    # the critic started at the value of the first rewards, 1 on average, for ever
+    np.testing.assert_allclose(script["values"].numpy(), 10.0, atol=3.0)
+
+
+def test_replay_holds_whole_transitions_and_never_mixes_episodes(monkeypatch, tmp_path):
+    flags = "--total-timesteps 24 --learning-starts 100 --base-policy zero --residual-penalty 0 --buffer-size 16"
+    rb = run_toy("sac_residual.py", flags, monkeypatch, tmp_path)["rb"]
+    assert (rb.capacity, rb.size, rb.pos) == (8, 8, 4)  # 12 steps of each environment, the last 8 of them kept
+    order = np.arange(4, 12) % 8
+    assert rb.obs[order, 0, 0].tolist() == [0, 1] * 4
+    assert rb.next_obs[order, 0, 0].tolist() == [1, 2] * 4  # 2 is the ended episode's own last observation
+    assert rb.obs[order, 1, 0].tolist() == [1, 2, 0, 1, 2, 0, 1, 2]
+    assert rb.next_obs[order, 1, 0].tolist() == [2, 3, 1, 2, 3, 1, 2, 3]
+    assert rb.dones[order, 0].tolist() == [0, 1] * 4 and not rb.terminations[:, 0].any()  # truncated
+    assert rb.terminations[order, 1].tolist() == [0, 1, 0, 0, 1, 0, 0, 1]
+    np.testing.assert_allclose(rb.rewards[order, 0], [1, 2] * 4)
+    batch = rb.sample(1000, 3, 0.9)
+    assert torch.equal(batch["obs"][:, 1], batch["next_obs"][:, 1])  # the same environment
+    assert (batch["next_obs"][:, 0] > batch["obs"][:, 0]).all()  # later in the same episode
+    columns = (batch["obs"][:, 1], batch["obs"][:, 0], batch["next_obs"][:, 0], batch["returns"], batch["discounts"])
+    seen = {tuple(round(value, 4) for value in row) for row in torch.stack(columns, 1).tolist()}
+    # environment, step of the observation and of the one bootstrapped from, sum of rewards, discount
+    assert seen == {(0, 0, 2, 2.8, 0.81), (0, 1, 2, 2, 0.9), (1, 0, 3, 5.23, 0), (1, 1, 3, 4.7, 0), (1, 2, 3, 3, 0)}
+
+
+def test_n_step_returns_are_hand_written_sums():
+    rewards = torch.tensor([[1.0, 2.0, 4.0]] * 4)
+    ends = torch.tensor([[0, 0, 0], [0, 1, 0], [1, 0, 0], [0, 0, 1]], dtype=torch.bool)
+    returns, length = n_step_returns(rewards, ends, 0.5)
+    assert returns.tolist() == [1 + 0.5 * 2 + 0.25 * 4, 1 + 0.5 * 2, 1, 1 + 0.5 * 2 + 0.25 * 4]
+    assert length.tolist() == [3, 2, 1, 3]
+
+
+def test_n_step_returns_do_not_run_past_the_newest_transition():
+    rb = ReplayBuffer(4, 1, 1, 1)
+    for t in range(6):  # two of them overwritten
+        rb.add(
+            obs=[[t]], base_actions=[[0]], actions=[[0]], rewards=[1.0], next_obs=[[t + 1]], next_base_actions=[[0]],
+            terminations=[0], dones=[0],
+        )  # fmt: skip
+    batch = rb.sample(200, 3, 1.0)
+    start, end = batch["obs"].flatten(), batch["next_obs"].flatten()
+    assert set(start.tolist()) == {2, 3, 4, 5}
+    assert torch.equal(end, (start + 3).clamp(max=6)) and torch.equal(batch["returns"], end - start)
+
+
+def test_targets_follow_the_critics_by_tau(monkeypatch, tmp_path):
+    flags = f"{TINY['sac_residual.py']} --tau 0.25 --utd 0.5 --learning-rate 0.1 --total-timesteps 10 --no-value-init"
+    before = run_script("sac_residual.py", f"{flags} --learning-starts 100", monkeypatch, tmp_path)
+    after = run_script("sac_residual.py", flags, monkeypatch, tmp_path)
+    assert (before["gradient_steps"], after["gradient_steps"]) == (0, 1)
+    for q in ("qf1", "qf2"):
+        start, online, target = before[q].state_dict(), after[q].state_dict(), after[f"{q}_target"].state_dict()
+        assert not torch.equal(start["net.1.weight"], online["net.1.weight"])
+        for key in start:
+            torch.testing.assert_close(target[key], 0.75 * start[key] + 0.25 * online[key])
+
+
+def test_warm_up_is_the_base_alone_and_progressive_exploration_mixes(monkeypatch, tmp_path):
+    flags = f"{TINY_RUN} --base-policy zero --init-std 1 --total-timesteps 400"
+    rb = run_script("sac_residual.py", f"{flags} --learning-starts 400", monkeypatch, tmp_path)["rb"]
+    assert not rb.actions[: rb.size].any()
+    flags += " --learning-starts 0 --utd 0.001"
+    assert run_script("sac_residual.py", flags, monkeypatch, tmp_path)["rb"].actions[:200].any(2).all()
+    rb = run_script("sac_residual.py", f"{flags} --prog-explore 400", monkeypatch, tmp_path)["rb"]
+    acted = rb.actions[:200].any(2).float()
+    assert 0.1 < acted[:100].mean() < 0.4 < 0.6 < acted[100:].mean() < 0.9
+
+
+def test_density_of_the_squashed_action_integrates_to_one():
+    torch.manual_seed(0)
+    actor = sac_residual.Actor(1, 1, 8, 0.7, zero_init=False)
+    with torch.no_grad():
+        action, logprob = actor.get_action(torch.zeros(400_000, 1))
+    inside = action.flatten().abs() < 0.9
+    # E[1 / density] over an interval is its length
+    assert ((-logprob[inside]).exp().sum() / len(action)).item() == pytest.approx(1.8, rel=0.01)
+
+
+# What keeps a flat, duplicated layout honest
+
+
+def definitions(name):
+    """Top-level definitions of a script, by name."""
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return {node.name: node for node in ast.parse((ROOT / name).read_text()).body if isinstance(node, kinds)}
+
+
+def flags_of(name):
+    """Default and help of every flag of a script's own Args, by name, as written."""
+    body = definitions(name)["Args"].body
+    return {
+        field.target.id: (ast.unparse(field), help_text.value.value)
+        for field, help_text in zip(body, body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign)
+    }
+
+
+MAY_DIFFER = {  # definition: why
+    ("ppo.py", "ppo_residual.py"): {
+        "Args": "flags of the base and the residual",
+        "check_args": "alpha and the base",
+        "make_policy": "the base plays too",
+    },
+    ("ppo_residual.py", "sac_residual.py"): {
+        "Args": "flags of the algorithm",
+        "check_args": "flags of the algorithm",
+        "mlp": "ReLU and layer normalisation, as off-policy critics want them",
+        "AgentPolicy": "SAC squashes its actions",
+        "make_checkpoint": "an actor alone is saved",
+        "make_policy": "an actor alone is saved",
+    },
+}
+MAY_DIFFER_IN_FLAG = {  # flag: why
+    ("ppo.py", "ppo_residual.py"): {},
+    ("ppo_residual.py", "sac_residual.py"): {
+        "total_timesteps": "SAC needs fewer",
+        "eval_freq": "SAC needs fewer steps",
+        "num_envs": "SAC updates more often per step",
+        "learning_rate": "the optimum differs",
+        "hidden_size": "critics off policy want more",
+        "init_std": "SAC squashes its actions",
+    },
+}
+
+
+@pytest.mark.parametrize("pair", MAY_DIFFER)
+def test_same_name_same_definition(pair):
+    one, other = (definitions(name) for name in pair)
+    different = {name for name in one.keys() & other.keys() if ast.dump(one[name]) != ast.dump(other[name])}
+    assert different == set(MAY_DIFFER[pair])
+
+
+@pytest.mark.parametrize("pair", MAY_DIFFER)
+def test_same_flag_same_default_and_help(pair):
+    one, other = (flags_of(name) for name in pair)
+    different = {name for name in one.keys() & other.keys() if one[name] != other[name]}
+    assert different == set(MAY_DIFFER_IN_FLAG[pair])
+
+
+@pytest.mark.skipif(shutil.which("diff") is None, reason="needs the command diff")
+def test_the_diff_is_the_idea():
+    command = ["diff", "ppo.py", "ppo_residual.py"]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    hunks = []
+    for line in lines:
+        if line[0].isdigit():
+            hunks.append("")
+        hunks[-1] += f"{line}\n"
+    assert len(hunks) <= 12
+    assert sum(line.startswith(("<", ">")) for line in lines) <= 90
+    for hunk in hunks:
+        assert re.search("base|residual", hunk, re.IGNORECASE), hunk
+    assert not re.search("base|residual", (ROOT / "ppo.py").read_text(), re.IGNORECASE)
+
+
+def test_a_residual_on_nothing_is_pure_rl(monkeypatch, tmp_path):
+    losses = {}
+    for name, flags in (
+        ("ppo.py", ""),
+        ("ppo_residual.py", "--base-policy zero --alpha 1 --no-base-input --residual-penalty 0"),
+    ):
+        script = run_script(name, f"{TINY[name]} {flags}", monkeypatch, tmp_path)
+        events = EventAccumulator(str(script["run_dir"])).Reload()
+        keys = [key for key in events.Tags()["scalars"] if key.startswith("losses/")]
+        losses[name] = {key: [scalar.value for scalar in events.Scalars(key)] for key in keys}
+        losses[name]["weights"] = [p.double().sum().item() for p in script["agent"].parameters()]
+    assert losses["ppo.py"] == losses["ppo_residual.py"]
+    assert len(losses["ppo.py"]["losses/policy_loss"]) == 2
 
 
 def test_fresh_residual_is_the_base_action_for_action():
     base = JacobianIKPolicy()
-    policy = ResidualPolicy(fresh_agent(), JacobianIKPolicy(), 0.5, base_input=True)
+    policy = ResidualPolicy(AgentPolicy(fresh_agent()), JacobianIKPolicy(), 0.5, base_input=True)
     seeds = range(7, 13)
     alone, corrected = (evaluation.play_episodes(p, seeds, {}) for p in (base, policy))
     for name in ("success", "return", "length", "final_distance_m", "final_yaw_error_rad"):
@@ -140,42 +321,48 @@ def test_the_residual_is_scaled_by_alpha_and_clipped():
     obs = np.random.default_rng(0).normal(size=(4, OBS_DIM)).astype(np.float32)
     base = JacobianIKPolicy()
     for alpha in (0.0, 0.3, 1.0):
-        policy = ResidualPolicy(agent, base, alpha, base_input=True)
+        policy = ResidualPolicy(AgentPolicy(agent), base, alpha, base_input=True)
         np.testing.assert_allclose(policy(obs), np.clip(base(obs) + alpha, -1, 1), atol=1e-6)
         assert np.all(policy.residual_action == 1.0)
 
 
-def test_checkpoint_alone_rebuilds_the_policy(monkeypatch, tmp_path):
-    script = run_script(
-        "ppo_residual.py", f"{TINY} --alpha 0.4 --ik-gain 0.4 --learning-rate 0.1", monkeypatch, tmp_path
-    )
-    last = next(tmp_path.glob("runs/*/last.pt"))
-    checkpoint = evaluation.load_checkpoint(last)
-    assert checkpoint["global_step"] == 32
-    policy = ppo_residual.make_policy(checkpoint)
-    assert policy.base_policy.gain == 0.4 and policy.alpha == 0.4
-    before = next(value for name, value in script["policies"].items() if name.startswith("residual"))
-    in_process, from_file = (evaluation.play_episodes(p, range(3), {}) for p in (before, policy))
-    for name in ("success", "return", "length", "residual_norm"):
-        np.testing.assert_array_equal(in_process[name], from_file[name])
-    assert in_process["residual_norm"].min() > 0
+@pytest.mark.parametrize("name", TRAINING)
+def test_checkpoint_alone_rebuilds_the_policy(name, monkeypatch, tmp_path):
+    flags = f"{TINY[name]} --learning-rate 0.1"
+    if name != "ppo.py":
+        flags += " --alpha 0.4 --ik-gain 0.4"
+    script = run_script(name, flags, monkeypatch, tmp_path)
+    checkpoint = evaluation.load_checkpoint(script["run_dir"] / "last.pt")
+    assert checkpoint["global_step"] == 32 and checkpoint["script"] == Path(name).stem
+    policy = TRAINING[name].make_policy(checkpoint)
+    if name != "ppo.py":
+        assert policy.base_policy.gain == 0.4 and policy.alpha == 0.4
+    in_process, from_file = (evaluation.play_episodes(p, range(3), {}) for p in (script["policy"], policy))
+    for key in ("success", "return", "length", "residual_norm"):
+        np.testing.assert_array_equal(in_process[key], from_file[key])
+    assert (in_process["residual_norm"].min() > 0) == (name != "ppo.py")
 
 
-def test_a_run_writes_what_the_readme_says(monkeypatch, tmp_path):
-    run_script("ppo_residual.py", TINY, monkeypatch, tmp_path)
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_run_writes_what_the_readme_says(name, monkeypatch, tmp_path):
+    run_script(name, TINY[name], monkeypatch, tmp_path)
     (run_dir,) = tmp_path.glob("runs/*")
     assert {"args.json", "best.pt", "last.pt", "results.json"} <= {path.name for path in run_dir.iterdir()}
     assert json.loads((run_dir / "args.json").read_text())["num_envs"] == 2
     events = EventAccumulator(str(run_dir)).Reload()
     readme = (ROOT / "README.md").read_text()
-    for key in events.Tags()["scalars"]:
+    keys = events.Tags()["scalars"]
+    assert {"eval/success_rate", "charts/SPS", "time/collect", "time/update", "rollout/ep_rew_mean"} <= set(keys) | {
+        "rollout/ep_rew_mean"  # no episode ends in so short a run
+    }
+    for key in keys:
         assert f"`{key}`" in readme or f"`{key.split('/')[0]}/<" in readme, f"{key} is not in the README's table"
 
 
 FLAGS = {
     "--base-policy zero --no-base-input --alpha 1 --no-anneal-lr": 1.0,
     "--base-policy hybrid --hybrid-mode switch --hybrid-weights 0.7 0.3 --curriculum": 0.5,
-    "--alpha-schedule linear --no-randomize --capture-video": 0.3 + 0.5 * 0.7,  # the second of two iterations
+    "--alpha-schedule linear --no-randomize --capture-video": 1.0,  # at the end
 }
 
 
@@ -186,11 +373,10 @@ def test_other_flags_run_too(flags, monkeypatch, tmp_path):
             evaluation.check_rendering()
         except RuntimeError as error:
             pytest.skip(str(error))
-    script = run_script("ppo_residual.py", f"{TINY} {flags}", monkeypatch, tmp_path)
+    script = run_script("ppo_residual.py", f"{TINY['ppo_residual.py']} {flags}", monkeypatch, tmp_path)
     checkpoint = evaluation.load_checkpoint(next(tmp_path.glob("runs/*/last.pt")))
-    assert checkpoint["alpha"] == pytest.approx(FLAGS[flags])
+    assert ppo_residual.make_policy(checkpoint).alpha == pytest.approx(FLAGS[flags])
     assert script["envs"].tape_half_size == pytest.approx(0.08)
-    ppo_residual.make_policy(checkpoint)
     if "--capture-video" in flags:
         assert list(tmp_path.glob("runs/*/episode.mp4"))
 
@@ -198,24 +384,37 @@ def test_other_flags_run_too(flags, monkeypatch, tmp_path):
 def test_track_without_wandb_is_one_line(monkeypatch, tmp_path, capfd):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     with pytest.raises(SystemExit) as end:
-        run_script("ppo_residual.py", f"{TINY} --track", monkeypatch, tmp_path)
+        run_script("ppo_residual.py", "--track", monkeypatch, tmp_path)
     assert end.value.code == 2 and "wandb" in capfd.readouterr().err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_same_seed_same_weights_whatever_the_threads(monkeypatch, tmp_path, threads):
+@pytest.mark.parametrize("name", TRAINING)
+def test_same_seed_same_weights_whatever_the_threads(name, threads, monkeypatch, tmp_path):
     runs = []
-    for count in (1, threads):
-        flags = f"{TINY} --num-threads {count} --seed 3"
-        runs.append(run_script("ppo_residual.py", flags, monkeypatch, tmp_path)["agent"].state_dict())
-        for folder in tmp_path.glob("runs/*"):
-            folder.rename(tmp_path / f"done-{len(runs)}")
-    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+    for folder, count in (("one", 1), ("other", threads)):
+        (tmp_path / folder).mkdir()
+        flags = f"{TINY[name]} --num-threads {count} --seed 3"
+        script = run_script(name, flags, monkeypatch, tmp_path / folder)
+        runs.append(script["checkpoint"]["model"])
+    assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_evaluations_leave_the_training_as_it_is(name, monkeypatch, tmp_path):
+    runs = []
+    for eval_freq in (1000, 8):
+        flags = TINY[name].replace("--eval-freq 1000", f"--eval-freq {eval_freq} --exp-name {eval_freq}")
+        runs.append(run_script(name, flags, monkeypatch, tmp_path))
+    assert len(runs[0]["evaluations"]) < len(runs[1]["evaluations"])
+    one, other = (run["checkpoint"]["model"] for run in runs)
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 BAD_INPUT = {
     "--alpha 1.5": "alpha",
     "--alpha -0.1": "alpha",
+    "--alpha-schedule cosine": "alpha-schedule",
     "--minibatch-size 1000": "minibatch",
     "--total-timesteps 10": "total-timesteps",
     "--base-policy il --il-checkpoint nowhere.pt": "il",
@@ -225,17 +424,36 @@ BAD_INPUT = {
     "--eval-episodes 0": "eval-episodes",
     "--learning-rate 0": "learning-rate",
     "--learning-rate nan": "learning-rate",
-    "--num-envs 0": "num_envs",
+    "--num-envs 0": "num",
 }
 
 
-@pytest.mark.parametrize("flags", BAD_INPUT)
-def test_bad_input_ends_with_one_line_and_writes_nothing(flags, monkeypatch, tmp_path, capfd):
+BAD_INPUT_OF_SAC = {
+    "--utd 0": "utd",
+    "--buffer-size 20": "buffer-size",
+    "--n-step 0": "n-step",
+    "--total-timesteps 5": "total-timesteps",
+    "--prog-explore -1": "prog-explore",
+    "--tau 1.5": "tau",
+    "--temperature 0": "temperature",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        *[("ppo_residual.py", flags) for flags in BAD_INPUT],
+        *[("ppo.py", flags) for flags in BAD_INPUT if "alpha" not in flags and "base" not in flags],
+        *[("sac_residual.py", flags) for flags in BAD_INPUT if "minibatch" not in flags],
+        *[("sac_residual.py", flags) for flags in BAD_INPUT_OF_SAC],
+    ],
+)
+def test_bad_input_ends_with_one_line_and_writes_nothing(name, flags, monkeypatch, tmp_path, capfd):
     with pytest.raises(SystemExit) as end:
-        run_script("ppo_residual.py", flags, monkeypatch, tmp_path)
+        run_script(name, flags, monkeypatch, tmp_path)
     captured = capfd.readouterr()
     assert end.value.code == 2
-    assert BAD_INPUT[flags] in captured.err + captured.out
+    assert {**BAD_INPUT, **BAD_INPUT_OF_SAC}[flags] in captured.err + captured.out
     assert "Traceback" not in captured.err
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
     assert not list(tmp_path.iterdir())
@@ -244,7 +462,7 @@ def test_bad_input_ends_with_one_line_and_writes_nothing(flags, monkeypatch, tmp
 def test_unwritable_output_folder(monkeypatch, tmp_path, capfd):
     (tmp_path / "runs").write_text("a file where a folder should be")
     with pytest.raises(SystemExit) as end:
-        run_script("ppo_residual.py", TINY, monkeypatch, tmp_path)
+        run_script("ppo_residual.py", "", monkeypatch, tmp_path)
     assert end.value.code == 2 and capfd.readouterr().err.count("\n") == 1
     with pytest.raises(SystemExit) as end:
         run_script("eval.py", "--policy zero --output-dir runs/here", monkeypatch, tmp_path)
@@ -274,13 +492,14 @@ def test_foreign_checkpoints_are_refused_in_one_line(monkeypatch, tmp_path, capf
 
 
 def test_eval_writes_results_of_every_policy_on_the_same_episodes(monkeypatch, tmp_path, capsys):
-    run_script("ppo_residual.py", TINY, monkeypatch, tmp_path)
-    last = next(tmp_path.glob("runs/*/last.pt"))
-    flags = f"--model-path {last} --compare-base --compare-zero --compare-random --n-episodes 3 --plot"
+    runs = [run_script(name, TINY[name], monkeypatch, tmp_path)["run_dir"] for name in TRAINING]
+    paths = " ".join(f"{run_dir}/last.pt" for run_dir in runs)  # of which script, eval.py reads there
+    flags = f"--model-path {paths} --compare-base --compare-zero --compare-random --n-episodes 3 --plot"
     run_script("eval.py", flags, monkeypatch, tmp_path)
     table = capsys.readouterr().out
     results = json.loads((tmp_path / "eval_results" / "results.json").read_text())
-    assert len(results["policies"]) == 4 and results["args"]["n_episodes"] == 3
+    names = {"base jacobian", "ppo seed 1", "ppo_residual seed 1", "sac_residual seed 1", "zero", "random"}
+    assert set(results["policies"]) == names and results["args"]["n_episodes"] == 3
     for name, row in results["policies"].items():
         assert [episode["seed"] for episode in row["episodes"]] == [2_000_000, 2_000_001, 2_000_002]
         assert set(row["episodes"][0]) == {
@@ -353,19 +572,19 @@ def test_readme_commands_parse_and_name_files_that_exist():
             tyro.cli(SCRIPTS[name], args=shlex.split(flags.replace("\\", " ")))
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [*SCRIPTS, "env_paper_square.py", "base_policies.py"])
 def test_every_flag_has_help(name):
-    (args,) = [node for node in ast.parse((ROOT / name).read_text()).body if getattr(node, "name", "") == "Args"]
-    body = args.body
+    body = definitions(name)[{"env_paper_square.py": "EnvArgs", "base_policies.py": "BaseArgs"}.get(name, "Args")].body
     for field, help_text in zip(body, [*body[1:], None], strict=True):
         if isinstance(field, ast.AnnAssign):
             assert isinstance(help_text, ast.Expr) and len(help_text.value.value) > 5, field.target.id
 
 
 @pytest.mark.slow
-def test_the_residual_learns_to_beat_its_base(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("name", "steps"), [("ppo_residual.py", 150_000), ("sac_residual.py", 40_000)])
+def test_the_residual_learns_to_beat_its_base(name, steps, monkeypatch, tmp_path):
     """In under three minutes on two cores."""
-    flags = "--total-timesteps 250000 --eval-freq 1000000 --test-episodes 100"
-    results = run_script("ppo_residual.py", flags, monkeypatch, tmp_path)["results"]
+    flags = f"--total-timesteps {steps} --eval-freq 1000000 --test-episodes 100"
+    results = run_script(name, flags, monkeypatch, tmp_path)["results"]
     base, residual = results.values()
     assert residual["success_rate"] > base["success_rate"] + 0.3

@@ -1,0 +1,391 @@
+"""DOC"""
+
+import json
+import time
+from collections import defaultdict, deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.optim as optim
+import tyro
+from torch.distributions.normal import Normal
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from env_paper_square import OBS, EnvArgs, env_kwargs
+from eval import VALIDATION_SEED, check_rendering, fail, report, validate
+
+
+@dataclass
+class Args(EnvArgs):
+    exp_name: str = Path(__file__).stem
+    """first part of the run's name; everything it writes is under runs/NAME"""
+    seed: int = 1
+    """seed of the network, the exploration and the training episodes"""
+    torch_threads: int = 1
+    """torch's threads; more than one fights the physics for the cores of a small machine"""
+    track: bool = False
+    """also log to Weights & Biases"""
+    wandb_project: str = "paper-square"
+    """project to log to with --track"""
+    capture_video: bool = False
+    """film one held-out episode at the end"""
+    eval_freq: int = 50_000
+    """environment steps between evaluations on held-out validation episodes"""
+    eval_episodes: int = 100
+    """episodes of each such evaluation"""
+    test_episodes: int = 200
+    """held-out test episodes of the table at the end"""
+    curriculum: bool = False
+    """shrink the square linearly from curriculum_start to tape_half_size over the first half of the training"""
+    curriculum_start: float = 0.12
+    """tape_half_size at the start of the curriculum, m"""
+
+    # PPO
+    total_timesteps: int = 500_000
+    """environment steps to train for, over all environments"""
+    num_envs: Annotated[int, tyro.conf.arg(aliases=["--n-envs"])] = 64
+    """environments stepped together"""
+    num_steps: Annotated[int, tyro.conf.arg(aliases=["--n-steps"])] = 32
+    """steps of each environment per rollout"""
+    minibatch_size: Annotated[int, tyro.conf.arg(aliases=["--batch-size"])] = 512
+    """samples per gradient step; must divide num_envs * num_steps"""
+    update_epochs: Annotated[int, tyro.conf.arg(aliases=["--n-epochs"])] = 10
+    """passes over each rollout, K"""
+    learning_rate: float = 1e-3
+    """step size of Adam"""
+    anneal_lr: bool = True
+    """anneal the step size linearly to zero"""
+    gamma: float = 0.99
+    """discount factor; turning the sheet pays off a hundred steps later"""
+    gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation"""
+    clip_coef: Annotated[float, tyro.conf.arg(aliases=["--clip-range"])] = 0.2
+    """clipping range of the probability ratio, epsilon"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus, c2"""
+    max_grad_norm: float = 0.5
+    """largest gradient norm, of actor and critic each, so that neither eats the other's"""
+    reward_scale: float = 0.1
+    """factor on the rewards that the agent sees, so that returns are of order one"""
+    value_init: bool = True
+    """start the critic at the first rewards' mean / (1 - gamma); at zero it would praise whatever it has not seen"""
+    hidden_size: int = 64
+    """width of the two hidden layers"""
+    init_std: float = 0.4
+    """standard deviation of the exploration at the start, in units of the action"""
+
+
+def check_args(args):
+    """Raise ValueError, one line for the user, for values that do not fit."""
+    batch_size = args.num_envs * args.num_steps
+    if args.num_envs < 1 or args.num_steps < 1 or args.minibatch_size < 1 or batch_size % args.minibatch_size:
+        raise ValueError(
+            f"--minibatch-size must divide num_envs * num_steps = {args.num_envs} * {args.num_steps} = {batch_size}, "
+            f"found {args.minibatch_size}"
+        )
+    if args.total_timesteps < batch_size:
+        raise ValueError(
+            f"--total-timesteps must be at least one rollout of {batch_size} steps, found {args.total_timesteps}"
+        )
+    for name in ("update_epochs", "eval_freq", "eval_episodes", "test_episodes", "hidden_size", "torch_threads"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, found {getattr(args, name)}")
+    for name in ("learning_rate", "init_std", "act_scale", "tape_half_size", "curriculum_start"):
+        if not getattr(args, name) > 0.0:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, found {getattr(args, name)}")
+    if not 0.0 <= args.gamma < 1.0:
+        raise ValueError(f"--gamma must lie in [0, 1), found {args.gamma}")
+    if not 0 <= args.seed * args.num_envs < VALIDATION_SEED - args.num_envs:
+        raise ValueError(f"--seed times --num-envs must lie below {VALIDATION_SEED}, where held-out episodes begin")
+
+
+def layer_init(layer, std=np.sqrt(2), bias_const=0.0):
+    torch.nn.init.orthogonal_(layer.weight, std)
+    torch.nn.init.constant_(layer.bias, bias_const)
+    return layer
+
+
+def mlp(input_dim, hidden_size, output_dim, std):
+    return nn.Sequential(
+        nn.Hardtanh(-5.0, 5.0),  # inputs are of order one, but joint_target_error reaches 100 when the arm pushes
+        layer_init(nn.Linear(input_dim, hidden_size)),
+        nn.Tanh(),
+        layer_init(nn.Linear(hidden_size, hidden_size)),
+        nn.Tanh(),
+        layer_init(nn.Linear(hidden_size, output_dim), std=std),
+    )
+
+
+class Agent(nn.Module):
+    def __init__(self, obs_dim, action_dim, hidden_size, init_std):
+        super().__init__()
+        self.critic = mlp(obs_dim, hidden_size, 1, std=1.0)
+        self.actor_mean = mlp(obs_dim, hidden_size, action_dim, std=0.0)  # starts at zero
+        self.actor_logstd = nn.Parameter(torch.full((1, action_dim), float(np.log(init_std))))
+
+    def get_value(self, x):
+        return self.critic(x).flatten()
+
+    def get_action_and_value(self, x, action=None):
+        mean = self.actor_mean(x)
+        probs = Normal(mean, self.actor_logstd.exp().expand_as(mean), validate_args=False)
+        if action is None:
+            action = probs.sample()
+        return action, probs.log_prob(action).sum(1), probs.entropy().sum(1), self.get_value(x)
+
+
+class AgentPolicy:
+    """The agent alone, `policy(obs) -> action`: by its mean, unless `sample`."""
+
+    def __init__(self, agent, sample=False):
+        self.agent, self.sample = agent, sample
+
+    def __call__(self, obs):
+        with torch.inference_mode():
+            mean = self.agent.actor_mean(torch.from_numpy(obs))
+            action = torch.normal(mean, self.agent.actor_logstd.exp().expand_as(mean)) if self.sample else mean
+        return action.clamp(-1.0, 1.0).numpy()
+
+    def reset(self, mask):
+        pass
+
+
+def make_checkpoint(args, agent, global_step):
+    """Everything that `make_policy` and eval.py need, as torch.load(weights_only=True) accepts it."""
+    return {
+        "script": Path(__file__).stem,
+        "args": asdict(args),
+        "env_kwargs": {"act_scale": args.act_scale, "tape_half_size": args.tape_half_size},
+        "obs_names": list(OBS),
+        "model": agent.state_dict(),
+        "global_step": global_step,
+    }
+
+
+def make_policy(checkpoint, sample=False):
+    """Rebuild the policy from a checkpoint alone; raises ValueError if its parts do not fit."""
+    try:
+        args = Args(**checkpoint["args"])
+        with torch.random.fork_rng(devices=[]):  # the training's own random numbers go on as if this were not
+            agent = Agent(checkpoint["model"]["critic.1.weight"].shape[1], 6, args.hidden_size, args.init_std)
+        agent.load_state_dict(checkpoint["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"checkpoint does not fit {Path(__file__).name}: {str(error).splitlines()[0]}") from error
+    return AgentPolicy(agent, sample)
+
+
+def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
+    """Advantages and returns, (num_steps, num_envs) each; dones[t] says that the episode ended with step t.
+
+    The last value of a truncated episode must already be in its last reward (arXiv 1712.00378).
+    """
+    advantages = torch.zeros_like(rewards)
+    lastgaelam = torch.zeros_like(next_value)
+    for t in reversed(range(len(rewards))):
+        nextvalues = next_value if t == len(rewards) - 1 else values[t + 1]
+        nextnonterminal = 1.0 - dones[t]
+        delta = rewards[t] + gamma * nextvalues * nextnonterminal - values[t]
+        advantages[t] = lastgaelam = delta + gamma * gae_lambda * nextnonterminal * lastgaelam
+    return advantages, advantages + values
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    run_dir = Path("runs") / f"{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        check_args(args)
+        if args.capture_video:
+            check_rendering()
+        if args.track:
+            import wandb
+        run_dir.mkdir(parents=True)
+    except ImportError:
+        fail("--track needs Weights & Biases: pip install wandb")
+    except (ValueError, RuntimeError, OSError) as error:
+        fail(str(error))
+    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1) + "\n")
+    if args.track:
+        wandb.init(project=args.wandb_project, name=run_dir.name, config=asdict(args), sync_tensorboard=True)
+    writer = SummaryWriter(run_dir)
+    writer.add_text("args", "\n".join(["|flag|value|", "|-|-|", *(f"|{k}|{v}|" for k, v in asdict(args).items())]))
+
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.torch_threads)
+
+    envs = gym.make_vec(
+        "PaperSquare-v0",
+        num_envs=args.num_envs,
+        vectorization_mode="vector_entry_point",  # autoreset mode SAME_STEP
+        **env_kwargs(args),
+    )
+    # The first episodes end early, each at another time: in step, every rollout would hold one phase of an episode only
+    episode_steps = np.arange(args.num_envs) * envs.max_episode_steps // args.num_envs
+    next_obs, _ = envs.reset(seed=args.seed * args.num_envs, options={"episode_steps": episode_steps})
+    next_obs = torch.from_numpy(next_obs)
+    obs_dim, action_dim = next_obs.shape[1], envs.single_action_space.shape[0]
+    agent = Agent(obs_dim, action_dim, args.hidden_size, args.init_std)
+    optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    actor_parameters = [*agent.actor_mean.parameters(), agent.actor_logstd]
+    critic_parameters = list(agent.critic.parameters())
+
+    # Storage
+    batch_size = args.num_envs * args.num_steps
+    num_iterations = args.total_timesteps // batch_size
+    obs = torch.zeros((args.num_steps, args.num_envs, obs_dim))
+    actions = torch.zeros((args.num_steps, args.num_envs, action_dim))
+    logprobs = torch.zeros((args.num_steps, args.num_envs))
+    rewards = torch.zeros((args.num_steps, args.num_envs))
+    dones = torch.zeros((args.num_steps, args.num_envs))
+    values = torch.zeros((args.num_steps, args.num_envs))
+
+    # Evaluation on validation episodes, before the first update and every eval_freq steps
+    evaluations = []
+
+    def evaluate(global_step):
+        checkpoint = make_checkpoint(args, agent, global_step)
+        elapsed = time.perf_counter() - start_time
+        row = validate(make_policy(checkpoint), checkpoint, args.eval_episodes, elapsed, evaluations, run_dir)
+        for key in ("success_rate", "mean_return", "mean_length", "mean_final_distance_m"):
+            writer.add_scalar(f"eval/{key}", row[key], global_step)
+        writer.add_scalar("time/eval", row["eval_seconds"], global_step)
+        return row["success_rate"]
+
+    start_time = time.perf_counter()
+    eval_success = evaluate(0)
+    next_eval = args.eval_freq
+    global_step = 0
+    episode_returns = np.zeros(args.num_envs)
+    episode_lengths = np.zeros(args.num_envs)
+    last_episodes = defaultdict(lambda: deque(maxlen=100))
+    bar = tqdm(total=num_iterations * batch_size, unit="step", unit_scale=True, desc=args.exp_name)
+
+    for iteration in range(1, num_iterations + 1):
+        # Schedules
+        progress = (iteration - 1) / num_iterations
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = (1.0 - progress) * args.learning_rate
+        if args.curriculum:
+            share = max(0.0, 1.0 - 2.0 * progress)
+            envs.tape_half_size = args.tape_half_size + share * (args.curriculum_start - args.tape_half_size)
+
+        # Rollout
+        collect_start = time.perf_counter()
+        step_sums = defaultdict(float)
+        for step in range(args.num_steps):
+            global_step += args.num_envs
+            obs[step] = next_obs
+            with torch.inference_mode():
+                action, logprob, _, value = agent.get_action_and_value(next_obs)
+            actions[step], logprobs[step], values[step] = action, logprob, value
+            action = action.clamp(-1.0, 1.0).numpy()
+
+            next_obs, reward, terminations, truncations, infos = envs.step(action)
+            done = terminations | truncations
+
+            episode_returns += reward
+            episode_lengths += 1
+            for info in (infos, infos.get("final_info", {})):
+                for key, term in info.items():
+                    if key.startswith("reward/"):
+                        step_sums[key] += term.sum()
+            if done.any():
+                last_episodes["rollout/ep_rew_mean"].extend(episode_returns[done])
+                last_episodes["rollout/ep_len_mean"].extend(episode_lengths[done])
+                last_episodes["rollout/success_rate"].extend(terminations[done])
+                last_episodes["task/dist_to_goal"].extend(infos["final_info"]["dist_to_goal"][done])
+                last_episodes["task/orientation_error"].extend(infos["final_info"]["orientation_error"][done])
+                episode_returns[done] = episode_lengths[done] = 0
+
+            reward = args.reward_scale * reward
+            if args.value_init and global_step == args.num_envs:  # the first step
+                offset = reward.mean() / (1.0 - args.gamma)
+                values[step] += offset
+                with torch.no_grad():
+                    agent.critic[-1].bias += offset
+
+            # Truncation is not termination: the value of the last observation stands in for what would have come
+            if truncations.any():
+                final_obs = np.stack(infos["final_obs"][truncations])
+                with torch.inference_mode():
+                    reward[truncations] += args.gamma * agent.get_value(torch.from_numpy(final_obs)).numpy()
+            rewards[step], dones[step] = torch.from_numpy(reward), torch.from_numpy(done)
+
+            next_obs = torch.from_numpy(next_obs)
+
+        # Advantages
+        update_start = time.perf_counter()
+        with torch.inference_mode():
+            next_value = agent.get_value(next_obs)
+        advantages, returns = compute_gae(rewards, values, dones, next_value, args.gamma, args.gae_lambda)
+
+        # Update
+        b_obs, b_actions, b_logprobs = obs.flatten(0, 1), actions.flatten(0, 1), logprobs.flatten()
+        b_advantages, b_returns, b_values = advantages.flatten(), returns.flatten(), values.flatten()
+        for _epoch in range(args.update_epochs):
+            b_inds = torch.randperm(batch_size)
+            for mb_inds in b_inds.split(args.minibatch_size):
+                _, newlogprob, entropy, newvalue = agent.get_action_and_value(b_obs[mb_inds], b_actions[mb_inds])
+                logratio = newlogprob - b_logprobs[mb_inds]
+                ratio = logratio.exp()
+
+                mb_advantages = b_advantages[mb_inds]
+                mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
+                pg_loss1 = -mb_advantages * ratio
+                pg_loss2 = -mb_advantages * ratio.clamp(1.0 - args.clip_coef, 1.0 + args.clip_coef)
+                pg_loss = torch.max(pg_loss1, pg_loss2).mean()
+                v_loss = 0.5 * (newvalue - b_returns[mb_inds]).square().mean()
+                entropy_loss = entropy.mean()
+                loss = pg_loss - args.ent_coef * entropy_loss + v_loss
+
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(actor_parameters, args.max_grad_norm)
+                nn.utils.clip_grad_norm_(critic_parameters, args.max_grad_norm)
+                optimizer.step()
+        now = time.perf_counter()
+
+        # Logging, of the last minibatch and of the rollout
+        with torch.no_grad():
+            old_approx_kl, approx_kl = -logratio.mean(), (ratio - 1.0 - logratio).mean()
+            clipfrac = ((ratio - 1.0).abs() > args.clip_coef).float().mean()
+            explained_var = 1.0 - (b_returns - b_values).var() / b_returns.var()
+        scalars = {
+            **{key: np.mean(last) for key, last in last_episodes.items() if last},
+            **{key: total / batch_size for key, total in step_sums.items()},
+            "charts/learning_rate": optimizer.param_groups[0]["lr"],
+            "charts/tape_half_size": envs.tape_half_size,
+            "charts/std": agent.actor_logstd.exp().mean().item(),
+            "charts/SPS": batch_size / (now - collect_start),
+            "losses/value_loss": v_loss.item(),
+            "losses/policy_loss": pg_loss.item(),
+            "losses/entropy": entropy_loss.item(),
+            "losses/old_approx_kl": old_approx_kl.item(),
+            "losses/approx_kl": approx_kl.item(),
+            "losses/clipfrac": clipfrac.item(),
+            "losses/explained_variance": explained_var.item(),
+            "time/collect": update_start - collect_start,
+            "time/update": now - update_start,
+        }
+        for key, scalar in scalars.items():
+            writer.add_scalar(key, scalar, global_step)
+
+        if global_step >= next_eval or iteration == num_iterations:
+            eval_success = evaluate(global_step)
+            next_eval += args.eval_freq
+        bar.update(batch_size)
+        bar.set_postfix(success=f"{scalars.get('rollout/success_rate', 0.0):.2f}", eval=f"{eval_success:.2f}")
+    bar.close()
+    envs.close()
+
+    # The result, on test episodes, which nothing was chosen by
+    checkpoint = make_checkpoint(args, agent, global_step)
+    policy = make_policy(checkpoint)
+    policies = {args.exp_name: policy}
+    results = report(policies, checkpoint, args.test_episodes, evaluations, run_dir, film=args.capture_video)
+    writer.close()

@@ -1,0 +1,204 @@
+"""Train, evaluate and tabulate: every number of the README's comparisons comes from this script.
+
+    python reproduce.py                      # the three scripts, 5 seeds each, on an otherwise idle machine
+    python reproduce.py --suite sac --jobs 2 # what each piece of sac_residual.py buys; times mean nothing with two jobs
+
+Each run is evaluated on 1,000 held-out test episodes by its last checkpoint. Rows that are in results/SUITE_runs.csv
+already are not run again. Writes results/SUITE_runs.csv (a row per run), results/SUITE_curves.csv (a row per evaluation
+in the course of a training), SUITE.md and SUITE.png beside them.
+"""
+
+import csv
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+ROOT = Path(__file__).resolve().parent
+SUITES = {  # suite: method: command
+    "scripts": {
+        "PPO residual": "ppo_residual.py",
+        "SAC residual": "sac_residual.py",
+        "PPO, pure RL, reach term": "ppo.py --reach-weight -1 --total-timesteps 1000000",
+        "PPO, pure RL": "ppo.py --total-timesteps 1000000",
+    },
+    "sac": {
+        "default": "sac_residual.py",
+        "no warm-up by the base": "sac_residual.py --learning-starts 256",
+        "no zero-initialised mean": "sac_residual.py --no-zero-init",
+        "no layer normalisation": "sac_residual.py --no-layer-norm",
+        "base action not shown": "sac_residual.py --no-base-input",
+        "1-step returns": "sac_residual.py --n-step 1",
+        "progressive exploration": "sac_residual.py --prog-explore 20000",
+    },
+}
+RUN_COLUMNS = (
+    "method", "command", "seed", "commit", "machine", "steps", "seconds", "success", "base_success", "steps_to_90",
+    "seconds_to_90", "median_time_to_success_s",
+)  # fmt: skip
+CURVE_COLUMNS = ("method", "seed", "step", "seconds", "success")
+
+
+@dataclass
+class Args:
+    suite: str = "scripts"
+    """what to run: scripts or sac"""
+    seeds: int = 5
+    """seeds per method, from 1"""
+    jobs: int = 1
+    """runs at a time"""
+    episodes: int = 1000
+    """held-out test episodes of each run"""
+    dry_run: bool = False
+    """print the commands and run nothing"""
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a CSV file; none if there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, columns: Iterable[str], rows: list[dict]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def steps_to(curve: list[dict], success: float) -> dict | None:
+    """The first evaluation of a curve at which the success rate is reached."""
+    return next((point for point in curve if float(point["success"]) >= success), None)
+
+
+def run(method: str, command: str, seed: int, episodes: int, commit: str) -> tuple[dict, list[dict]]:
+    """Train and evaluate; returns the row of the run and those of its curve."""
+    line = [sys.executable, *shlex.split(command), "--seed", str(seed), "--test-episodes", str(episodes)]
+    line += ["--exp-name", re.sub(r"\W+", "_", method)]  # so that runs side by side do not share a folder
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{command} --seed {seed} ended with exit code {done.returncode}: {done.stderr[-500:]}")
+    run_dir = ROOT / re.search(r"^wrote (\S+);", done.stdout, re.MULTILINE)[1]
+    results = json.loads((run_dir / "results.json").read_text())
+    *base, policy = results["policies"].values()
+    points = results["evaluations"]
+    curve = [
+        {
+            "method": method,
+            "seed": seed,
+            "step": point["global_step"],
+            "seconds": round(point["seconds"], 1),
+            "success": point["success_rate"],
+        }
+        for point in points
+    ]
+    first = steps_to(curve, 0.9) or {"step": "", "seconds": ""}
+    return {
+        "method": method,
+        "command": command,
+        "seed": seed,
+        "commit": commit,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "steps": points[-1]["global_step"],
+        "seconds": round(points[-1]["seconds"], 1),
+        "success": policy["success_rate"],
+        "base_success": base[0]["success_rate"] if base else "",
+        "steps_to_90": first["step"],
+        "seconds_to_90": first["seconds"],
+        "median_time_to_success_s": policy["median_time_to_success_s"],
+    }, curve
+
+
+def format_markdown(runs: list[dict]) -> str:
+    """A table with a row per method: every seed's success, and medians over the seeds."""
+    lines = [
+        "| method | success of each seed, % | mean | steps to 90 % | training, s | s to 90 % | time to success, s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for method in dict.fromkeys(row["method"] for row in runs):
+        rows = [row for row in runs if row["method"] == method]
+        success = [100 * float(row["success"]) for row in rows]
+
+        def median(column, rows=rows):
+            values = [float(row[column]) if row[column] not in ("", None) else np.inf for row in rows]
+            return "never" if np.isinf(np.median(values)) else f"{np.median(values):,.5g}"
+
+        cells = [method, ", ".join(f"{s:.1f}" for s in success), f"{np.mean(success):.1f}"]
+        cells += [median(c) for c in ("steps_to_90", "seconds", "seconds_to_90", "median_time_to_success_s")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(runs: list[dict], curves: list[dict], path: Path) -> None:
+    """Success against steps and against seconds, a line per seed, with the base as a horizontal line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+    base = np.mean([float(row["base_success"]) for row in runs if row["base_success"] not in ("", None)])
+    for axis, column in zip(axes, ("step", "seconds"), strict=True):
+        for k, method in enumerate(dict.fromkeys(row["method"] for row in runs)):
+            for i, seed in enumerate(row["seed"] for row in runs if row["method"] == method):
+                points = [p for p in curves if p["method"] == method and str(p["seed"]) == str(seed)]
+                x, y = ([float(p[name]) for p in points] for name in (column, "success"))
+                axis.plot(x, y, color=f"C{k}", linewidth=1, alpha=0.8, label=method if i == 0 else None)
+        axis.axhline(base, color="black", linestyle=":", label="base alone, test episodes")
+        axis.set(xlabel={"step": "environment steps", "seconds": "seconds of training"}[column], xscale="symlog")
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel="success on validation episodes", ylim=(-0.02, 1.02), xlim=(3000, None))
+    axes[1].set_xlim(3, None)
+    axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    if args.suite not in SUITES or min(args.seeds, args.jobs, args.episodes) < 1:
+        sys.exit(f"error: --suite must be one of {', '.join(SUITES)}, and --seeds, --jobs and --episodes at least 1")
+    runs_path, curves_path = (ROOT / "results" / f"{args.suite}_{kind}.csv" for kind in ("runs", "curves"))
+    runs, curves = read_rows(runs_path), read_rows(curves_path)
+    done = {(row["method"], row["command"], row["seed"]) for row in runs}
+    matrix = [
+        (method, command, seed)
+        for seed in range(1, args.seeds + 1)
+        for method, command in SUITES[args.suite].items()
+        if (method, command, str(seed)) not in done
+    ]
+    if args.dry_run:
+        print("\n".join(f"python {command} --seed {seed}" for _, command, seed in matrix))
+        sys.exit()
+    runs_path.parent.mkdir(exist_ok=True)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        futures = [pool.submit(run, *job, args.episodes, commit.stdout.strip()) for job in matrix]
+        for future in futures:
+            row, curve = future.result()
+            runs.append(row)
+            curves += curve
+            order = list(SUITES[args.suite])
+            for rows in (runs, curves):
+                rows.sort(key=lambda r: (order.index(r["method"]), int(r["seed"])))
+            write_rows(curves_path, CURVE_COLUMNS, curves)
+            write_rows(runs_path, RUN_COLUMNS, runs)
+            print(
+                f"{row['method']}, seed {row['seed']}: {100 * row['success']:.1f} %, {row['seconds']:.0f} s", flush=True
+            )
+    table = format_markdown(runs)
+    print(table)
+    (runs_path.parent / f"{args.suite}.md").write_text(table)
+    plot(runs, curves, runs_path.parent / f"{args.suite}.png")
