@@ -1,11 +1,11 @@
-"""Train, evaluate and tabulate: every number of the README's comparisons comes from this script.
+"""Train, evaluate and tabulate: every number of the README's tables comes from this script.
 
-    python reproduce.py                      # the three scripts, 5 seeds each, on an otherwise idle machine
-    python reproduce.py --suite sac --jobs 2 # what each piece of sac_residual.py buys; times mean nothing with two jobs
+    python reproduce.py                                          # the three scripts, 5 seeds each, one after the other
+    python reproduce.py --suite ablations --seeds 3 --jobs 2     # with two jobs the seconds mean nothing
 
-Each run is evaluated on 1,000 held-out test episodes by its last checkpoint. Rows that are in results/SUITE_runs.csv
+Each run is evaluated on 1,000 held-out test episodes, by its last checkpoint. Rows that are in results/SUITE_runs.csv
 already are not run again. Writes results/SUITE_runs.csv (a row per run), results/SUITE_curves.csv (a row per evaluation
-in the course of a training), SUITE.md and SUITE.png beside them.
+in the course of a training), results/SUITE.md and results/SUITE.png.
 """
 
 import csv
@@ -24,22 +24,27 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from eval import fail
+
 ROOT = Path(__file__).resolve().parent
 SUITES = {  # suite: method: command
     "scripts": {
         "PPO residual": "ppo_residual.py",
         "SAC residual": "sac_residual.py",
         "PPO, pure RL, reach term": "ppo.py --reach-weight -1 --total-timesteps 1000000",
-        "PPO, pure RL": "ppo.py --total-timesteps 1000000",
     },
-    "sac": {
-        "default": "sac_residual.py",
-        "no warm-up by the base": "sac_residual.py --learning-starts 256",
-        "no zero-initialised mean": "sac_residual.py --no-zero-init",
-        "no layer normalisation": "sac_residual.py --no-layer-norm",
-        "base action not shown": "sac_residual.py --no-base-input",
-        "1-step returns": "sac_residual.py --n-step 1",
-        "progressive exploration": "sac_residual.py --prog-explore 20000",
+    "ablations": {
+        "PPO, pure RL, published reward": "ppo.py --init-std 1 --total-timesteps 1000000",
+        "SAC residual, 30k steps": "sac_residual.py --total-timesteps 30000",
+        "- without noise in the warm-up": "sac_residual.py --total-timesteps 30000 --warmup-std 0",
+        "- without warm-up": "sac_residual.py --total-timesteps 30000 --learning-starts 256",
+        "- without zero-initialised mean": "sac_residual.py --total-timesteps 30000 --no-zero-init",
+        "- without layer normalisation": "sac_residual.py --total-timesteps 30000 --no-layer-norm",
+        "- without the base action as input": "sac_residual.py --total-timesteps 30000 --no-base-input",
+        "- with 1-step returns": "sac_residual.py --total-timesteps 30000 --n-step 1",
+        "- with half the updates": "sac_residual.py --total-timesteps 30000 --utd 0.25",
+        "- with a fixed temperature": "sac_residual.py --total-timesteps 30000 --no-autotune",
+        "- with progressive exploration": "sac_residual.py --total-timesteps 30000 --prog-explore 10000",
     },
 }
 RUN_COLUMNS = (
@@ -52,7 +57,7 @@ CURVE_COLUMNS = ("method", "seed", "step", "seconds", "success")
 @dataclass
 class Args:
     suite: str = "scripts"
-    """what to run: scripts or sac"""
+    """what to run: scripts or ablations"""
     seeds: int = 5
     """seeds per method, from 1"""
     jobs: int = 1
@@ -78,19 +83,20 @@ def write_rows(path: Path, columns: Iterable[str], rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def steps_to(curve: list[dict], success: float) -> dict | None:
+def first_at(curve: list[dict], success: float) -> dict | None:
     """The first evaluation of a curve at which the success rate is reached."""
     return next((point for point in curve if float(point["success"]) >= success), None)
 
 
 def run(method: str, command: str, seed: int, episodes: int, commit: str) -> tuple[dict, list[dict]]:
     """Train and evaluate; returns the row of the run and those of its curve."""
-    line = [sys.executable, *shlex.split(command), "--seed", str(seed), "--test-episodes", str(episodes)]
+    script, *flags = shlex.split(command)
+    line = [sys.executable, str(ROOT / script), *flags, "--seed", str(seed), "--test-episodes", str(episodes)]
     line += ["--exp-name", re.sub(r"\W+", "_", method)]  # so that runs side by side do not share a folder
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(line, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{command} --seed {seed} ended with exit code {done.returncode}: {done.stderr[-500:]}")
-    run_dir = ROOT / re.search(r"^wrote (\S+);", done.stdout, re.MULTILINE)[1]
+    run_dir = Path(re.search(r"^wrote (\S+);", done.stdout, re.MULTILINE)[1])
     results = json.loads((run_dir / "results.json").read_text())
     *base, policy = results["policies"].values()
     points = results["evaluations"]
@@ -104,7 +110,7 @@ def run(method: str, command: str, seed: int, episodes: int, commit: str) -> tup
         }
         for point in points
     ]
-    first = steps_to(curve, 0.9) or {"step": "", "seconds": ""}
+    first = first_at(curve, 0.9) or {"step": "", "seconds": ""}
     return {
         "method": method,
         "command": command,
@@ -166,11 +172,8 @@ def plot(runs: list[dict], curves: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args)
-    if args.suite not in SUITES or min(args.seeds, args.jobs, args.episodes) < 1:
-        sys.exit(f"error: --suite must be one of {', '.join(SUITES)}, and --seeds, --jobs and --episodes at least 1")
-    runs_path, curves_path = (ROOT / "results" / f"{args.suite}_{kind}.csv" for kind in ("runs", "curves"))
+def main(args: Args) -> None:
+    runs_path, curves_path = (Path("results") / f"{args.suite}_{kind}.csv" for kind in ("runs", "curves"))
     runs, curves = read_rows(runs_path), read_rows(curves_path)
     done = {(row["method"], row["command"], row["seed"]) for row in runs}
     matrix = [
@@ -181,16 +184,15 @@ if __name__ == "__main__":
     ]
     if args.dry_run:
         print("\n".join(f"python {command} --seed {seed}" for _, command, seed in matrix))
-        sys.exit()
+        return
     runs_path.parent.mkdir(exist_ok=True)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    git = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    order = list(SUITES[args.suite])
     with ThreadPoolExecutor(args.jobs) as pool:
-        futures = [pool.submit(run, *job, args.episodes, commit.stdout.strip()) for job in matrix]
-        for future in futures:
+        for future in [pool.submit(run, *job, args.episodes, commit) for job in matrix]:
             row, curve = future.result()
-            runs.append(row)
-            curves += curve
-            order = list(SUITES[args.suite])
+            runs, curves = [*runs, row], [*curves, *curve]
             for rows in (runs, curves):
                 rows.sort(key=lambda r: (order.index(r["method"]), int(r["seed"])))
             write_rows(curves_path, CURVE_COLUMNS, curves)
@@ -202,3 +204,10 @@ if __name__ == "__main__":
     print(table)
     (runs_path.parent / f"{args.suite}.md").write_text(table)
     plot(runs, curves, runs_path.parent / f"{args.suite}.png")
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    if args.suite not in SUITES or min(args.seeds, args.jobs, args.episodes) < 1:
+        fail(f"--suite must be one of {', '.join(SUITES)}, and --seeds, --jobs and --episodes at least 1")
+    main(args)

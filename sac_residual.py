@@ -44,7 +44,7 @@ class Args(EnvArgs, BaseArgs):
     """project to log to with --track"""
     capture_video: bool = False
     """film one held-out episode at the end"""
-    eval_freq: int = 10_000
+    eval_freq: int = 5_000
     """environment steps between evaluations on held-out validation episodes"""
     eval_episodes: int = 100
     """episodes of each such evaluation"""
@@ -56,17 +56,17 @@ class Args(EnvArgs, BaseArgs):
     """tape_half_size at the start of the curriculum, m"""
 
     # SAC
-    total_timesteps: int = 100_000
+    total_timesteps: int = 60_000
     """environment steps to train for, over all environments"""
     num_envs: Annotated[int, tyro.conf.arg(aliases=["--n-envs"])] = 16
     """environments stepped together"""
-    buffer_size: int = 1_000_000
+    buffer_size: int = 200_000
     """transitions that the replay buffer holds, over all environments"""
     batch_size: int = 256
     """transitions per gradient step"""
     utd: float = 0.5
     """update-to-data ratio: gradient steps per environment step (arXiv 2509.19301)"""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     """step size of Adam, for actor, critics and temperature"""
     gamma: float = 0.99
     """discount factor; turning the sheet pays off a hundred steps later"""
@@ -86,8 +86,6 @@ class Args(EnvArgs, BaseArgs):
     """temperature, the weight of the entropy; with autotune, where it starts"""
     reward_scale: float = 0.1
     """factor on the rewards that the agent sees, so that returns are of order one"""
-    value_init: bool = True
-    """start the critic at the first rewards' mean / (1 - gamma); at zero it would praise whatever it has not seen"""
     hidden_size: int = 128
     """width of the two hidden layers"""
     init_std: float = 0.4
@@ -110,8 +108,8 @@ class Args(EnvArgs, BaseArgs):
     """start the mean of the residual at zero (arXiv 1812.06298)"""
     learning_starts: int = 5_000
     """environment steps at the start in which the base acts, and nothing is learned (arXiv 2602.10539)"""
-    warmup_std: float = 0.0
-    """standard deviation of noise on the residual in those steps (arXiv 2509.19301)"""
+    warmup_std: float = 0.3
+    """standard deviation of the residual in those steps, so that they tell what it does (arXiv 2509.19301)"""
     prog_explore: int = 0
     """H: after t steps the residual acts with probability t / H, otherwise the base alone (arXiv 2412.13630)"""
 
@@ -357,11 +355,12 @@ if __name__ == "__main__":
     )
     qf1_target.load_state_dict(qf1.state_dict())
     qf2_target.load_state_dict(qf2.state_dict())
+    actor_parameters = list(actor.parameters())
     q_parameters = [*qf1.parameters(), *qf2.parameters()]
     q_target_parameters = [*qf1_target.parameters(), *qf2_target.parameters()]
     log_temperature = torch.full((1,), float(np.log(args.temperature)), requires_grad=True)
     target_entropy = -args.target_entropy_scale * action_dim
-    actor_optimizer = optim.Adam(actor.parameters(), lr=args.learning_rate, fused=True)
+    actor_optimizer = optim.Adam(actor_parameters, lr=args.learning_rate, fused=True)
     q_optimizer = optim.Adam(q_parameters, lr=args.learning_rate, fused=True)
     temperature_optimizer = optim.Adam([log_temperature], lr=args.learning_rate, fused=True)
     rb = ReplayBuffer(args.buffer_size // args.num_envs, args.num_envs, obs_dim, action_dim)
@@ -387,8 +386,7 @@ if __name__ == "__main__":
     last_episodes = defaultdict(lambda: deque(maxlen=100))
     step_sums = defaultdict(float)
     num_iterations = args.total_timesteps // args.num_envs
-    log_iterations = max(1, 1024 // args.num_envs)  # between two points of the curves
-    gradient_steps, updates_due = 0, 0.0
+    gradient_steps, updates_due, last_log = 0, 0.0, 0
     bar = tqdm(total=num_iterations * args.num_envs, unit="step", unit_scale=True, desc=args.exp_name)
 
     for iteration in range(1, num_iterations + 1):
@@ -404,7 +402,7 @@ if __name__ == "__main__":
         obs = next_obs
         warmup = global_step <= args.learning_starts
         if warmup:
-            residual_action = args.warmup_std * torch.randn(args.num_envs, action_dim).clamp(-1.0, 1.0).numpy()
+            residual_action = (args.warmup_std * torch.randn(args.num_envs, action_dim)).clamp(-1.0, 1.0).numpy()
         else:
             with torch.inference_mode():
                 x = torch.from_numpy(append_base(obs, base_action, args.base_input))
@@ -457,10 +455,6 @@ if __name__ == "__main__":
         while updates_due >= 1.0:
             updates_due -= 1.0
             gradient_steps += 1
-            if gradient_steps == 1 and args.value_init:
-                with torch.no_grad():
-                    for qf in (qf1, qf2, qf1_target, qf2_target):
-                        qf.net[-1].bias += rb.rewards[: rb.size].mean() / (1.0 - args.gamma)
             data = rb.sample(args.batch_size, args.n_step, args.gamma)
             x, next_x = data["obs"], data["next_obs"]
             if args.base_input:
@@ -484,7 +478,7 @@ if __name__ == "__main__":
                 min_q = torch.min(qf1(x, new_action), qf2(x, new_action))
                 actor_loss = (temperature * logprob - min_q).mean()
                 actor_optimizer.zero_grad()
-                actor_loss.backward()
+                actor_loss.backward(inputs=actor_parameters)  # the critics' gradients would be for nothing
                 actor_optimizer.step()
                 if args.autotune:
                     temperature_loss = -(log_temperature.exp() * (logprob.detach() + target_entropy)).mean()
@@ -500,15 +494,16 @@ if __name__ == "__main__":
         step_sums["time/update"] += now - update_start
 
         # Logging
-        if iteration % log_iterations == 0:
+        num_steps = global_step - last_log
+        if num_steps >= 1024 or iteration == num_iterations:
             seconds = {key: step_sums.pop(key) for key in ("time/collect", "time/update")}
             scalars = {
                 **{key: np.mean(last) for key, last in last_episodes.items() if last},
-                **{key: total / (log_iterations * args.num_envs) for key, total in step_sums.items()},
+                **{key: total / num_steps for key, total in step_sums.items()},
                 **seconds,
                 "charts/learning_rate": args.learning_rate,
                 "charts/tape_half_size": envs.tape_half_size,
-                "charts/SPS": log_iterations * args.num_envs / sum(seconds.values()),
+                "charts/SPS": num_steps / sum(seconds.values()),
             }
             if gradient_steps >= args.policy_frequency:
                 scalars |= {
@@ -523,7 +518,8 @@ if __name__ == "__main__":
             for key, scalar in scalars.items():
                 writer.add_scalar(key, scalar, global_step)
             step_sums.clear()
-            bar.update(log_iterations * args.num_envs)
+            last_log = global_step
+            bar.update(num_steps)
             bar.set_postfix(success=f"{scalars.get('rollout/success_rate', 0.0):.2f}", eval=f"{eval_success:.2f}")
         if global_step >= next_eval or iteration == num_iterations:
             eval_success = evaluate(global_step)
