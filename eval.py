@@ -231,6 +231,8 @@ def load_policies(args: Args) -> tuple[dict, dict]:
                 base_name = f"{base_name} of {name}"
             policies[base_name], env_kwargs[base_name] = policy.base_policy, checkpoint["env_kwargs"]
         policies[name], env_kwargs[name] = policy, checkpoint["env_kwargs"]
+    if args.compare_base and not any(name.startswith("base ") for name in policies):
+        raise ValueError("--compare-base needs a checkpoint of a residual script: found none that has a base policy")
     names = [*args.policy, *["zero"] * args.compare_zero, *["random"] * args.compare_random]
     shared = next(iter(env_kwargs.values()), {"act_scale": 0.02})
     for name in names:

@@ -35,16 +35,16 @@ SUITES = {  # suite: method: command
     },
     "ablations": {
         "PPO, pure RL, published reward": "ppo.py --init-std 1 --total-timesteps 1000000",
-        "SAC residual, 30k steps": "sac_residual.py --total-timesteps 30000",
-        "- without noise in the warm-up": "sac_residual.py --total-timesteps 30000 --warmup-std 0",
-        "- without warm-up": "sac_residual.py --total-timesteps 30000 --learning-starts 256",
-        "- without zero-initialised mean": "sac_residual.py --total-timesteps 30000 --no-zero-init",
-        "- without layer normalisation": "sac_residual.py --total-timesteps 30000 --no-layer-norm",
-        "- without the base action as input": "sac_residual.py --total-timesteps 30000 --no-base-input",
-        "- with 1-step returns": "sac_residual.py --total-timesteps 30000 --n-step 1",
-        "- with half the updates": "sac_residual.py --total-timesteps 30000 --utd 0.25",
-        "- with a fixed temperature": "sac_residual.py --total-timesteps 30000 --no-autotune",
-        "- with progressive exploration": "sac_residual.py --total-timesteps 30000 --prog-explore 10000",
+        "SAC residual, 30k steps": "sac_residual.py --total-timesteps 30000 --eval-freq 10000",
+        "- without noise in the warm-up": "sac_residual.py --total-timesteps 30000 --eval-freq 10000 --warmup-std 0",
+        "- without warm-up": "sac_residual.py --total-timesteps 30000 --eval-freq 10000 --learning-starts 256",
+        "- without zero-initialised mean": "sac_residual.py --total-timesteps 30000 --eval-freq 10000 --no-zero-init",
+        "- without layer normalisation": "sac_residual.py --total-timesteps 30000 --eval-freq 10000 --no-layer-norm",
+        "- without the base action as input": "sac_residual.py --total-timesteps 30000 --eval-freq 10000 --no-base-input",
+        "- with 1-step returns": "sac_residual.py --total-timesteps 30000 --eval-freq 10000 --n-step 1",
+        "- with half the updates": "sac_residual.py --total-timesteps 30000 --eval-freq 10000 --utd 0.25",
+        "- with a fixed temperature": "sac_residual.py --total-timesteps 30000 --eval-freq 10000 --no-autotune",
+        "- with progressive exploration": "sac_residual.py --total-timesteps 30000 --eval-freq 10000 --prog-explore 10000",
     },
 }
 RUN_COLUMNS = (
@@ -58,6 +58,8 @@ CURVE_COLUMNS = ("method", "seed", "step", "seconds", "success")
 class Args:
     suite: str = "scripts"
     """what to run: scripts or ablations"""
+    only: str = ""
+    """run only the methods whose name contains this"""
     seeds: int = 5
     """seeds per method, from 1"""
     jobs: int = 1
@@ -180,7 +182,7 @@ def main(args: Args) -> None:
         (method, command, seed)
         for seed in range(1, args.seeds + 1)
         for method, command in SUITES[args.suite].items()
-        if (method, command, str(seed)) not in done
+        if args.only in method and (method, command, str(seed)) not in done
     ]
     if args.dry_run:
         print("\n".join(f"python {command} --seed {seed}" for _, command, seed in matrix))

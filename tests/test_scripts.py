@@ -527,6 +527,19 @@ def test_checkpoints_for_different_squares_are_not_compared(tmp_path):
         evaluation.load_policies(evaluation.Args(model_path=tuple(paths)))
 
 
+def test_pure_rl_has_no_base_to_compare_with():
+    args = evaluation.Args(model_path=(str(ROOT / "assets" / "ppo.pt"),), compare_base=True)
+    with pytest.raises(ValueError, match="base policy"):
+        evaluation.load_policies(args)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_the_checkpoint_that_comes_with_a_script_solves_the_task(name):
+    checkpoint = evaluation.load_checkpoint((ROOT / "assets" / name).with_suffix(".pt"))
+    episodes = evaluation.play_episodes(TRAINING[name].make_policy(checkpoint), range(20), checkpoint["env_kwargs"])
+    assert episodes["success"].mean() >= 0.9
+
+
 def test_policies_beside_a_checkpoint_act_at_its_scale(tmp_path):
     checkpoint = evaluation.load_checkpoint(ROOT / "assets" / "ppo_residual.pt")
     checkpoint["env_kwargs"]["act_scale"] = 0.04
@@ -633,7 +646,7 @@ def test_tables_are_those_of_the_measurements(suite):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "steps"), [("ppo_residual.py", 100_000), ("sac_residual.py", 30_000)])
+@pytest.mark.parametrize(("name", "steps"), [("ppo_residual.py", 100_000), ("sac_residual.py", 40_000)])
 def test_the_residual_learns_to_beat_its_base(name, steps, monkeypatch, tmp_path):
     """In under three minutes on two cores."""
     flags = f"--total-timesteps {steps} --eval-freq 1000000 --test-episodes 100"
