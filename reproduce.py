@@ -1,7 +1,7 @@
 """Train, evaluate and tabulate: every number of the README's tables comes from this script.
 
-    python reproduce.py                                          # the three scripts, 5 seeds each, one after the other
-    python reproduce.py --suite ablations --seeds 3 --jobs 2     # with two jobs the seconds mean nothing
+    python reproduce.py                                       # the three scripts, 5 seeds each, one after the other
+    python reproduce.py --suite ablations --seeds 3 --jobs 2  # SAC's flags; with two jobs the seconds mean nothing
 
 Each run is evaluated on 1,000 held-out test episodes, by its last checkpoint. Rows that are in results/SUITE_runs.csv
 already are not run again. Writes results/SUITE_runs.csv (a row per run), results/SUITE_curves.csv (a row per evaluation
@@ -27,24 +27,25 @@ import tyro
 from eval import fail
 
 ROOT = Path(__file__).resolve().parent
+SHORT_SAC = "sac_residual.py --total-timesteps 30000 --eval-freq 10000"
 SUITES = {  # suite: method: command
     "scripts": {
         "PPO residual": "ppo_residual.py",
         "SAC residual": "sac_residual.py",
         "PPO, pure RL, reach term": "ppo.py --reach-weight -1 --total-timesteps 1000000",
+        "PPO, pure RL, published reward": "ppo.py --init-std 1 --total-timesteps 1000000",
     },
     "ablations": {
-        "PPO, pure RL, published reward": "ppo.py --init-std 1 --total-timesteps 1000000",
-        "SAC residual, 30k steps": "sac_residual.py --total-timesteps 30000 --eval-freq 10000",
-        "- without noise in the warm-up": "sac_residual.py --total-timesteps 30000 --eval-freq 10000 --warmup-std 0",
-        "- without warm-up": "sac_residual.py --total-timesteps 30000 --eval-freq 10000 --learning-starts 256",
-        "- without zero-initialised mean": "sac_residual.py --total-timesteps 30000 --eval-freq 10000 --no-zero-init",
-        "- without layer normalisation": "sac_residual.py --total-timesteps 30000 --eval-freq 10000 --no-layer-norm",
-        "- without the base action as input": "sac_residual.py --total-timesteps 30000 --eval-freq 10000 --no-base-input",
-        "- with 1-step returns": "sac_residual.py --total-timesteps 30000 --eval-freq 10000 --n-step 1",
-        "- with half the updates": "sac_residual.py --total-timesteps 30000 --eval-freq 10000 --utd 0.25",
-        "- with a fixed temperature": "sac_residual.py --total-timesteps 30000 --eval-freq 10000 --no-autotune",
-        "- with progressive exploration": "sac_residual.py --total-timesteps 30000 --eval-freq 10000 --prog-explore 10000",
+        "SAC residual, 30k steps": SHORT_SAC,
+        "- without noise in the warm-up": f"{SHORT_SAC} --warmup-std 0",
+        "- without warm-up": f"{SHORT_SAC} --learning-starts 256",
+        "- without zero-initialised mean": f"{SHORT_SAC} --no-zero-init",
+        "- without layer normalisation": f"{SHORT_SAC} --no-layer-norm",
+        "- without the base action as input": f"{SHORT_SAC} --no-base-input",
+        "- with 1-step returns": f"{SHORT_SAC} --n-step 1",
+        "- with half the updates": f"{SHORT_SAC} --utd 0.25",
+        "- with a fixed temperature": f"{SHORT_SAC} --no-autotune",
+        "- with progressive exploration": f"{SHORT_SAC} --prog-explore 10000",
     },
 }
 RUN_COLUMNS = (
