@@ -248,13 +248,14 @@ def load_policies(args: Args) -> tuple[dict, dict]:
 def validate(policy, checkpoint: dict, num_episodes: int, elapsed: float, evaluations: list, run_dir: Path) -> dict:
     """Evaluate in the course of a training: play validation episodes, and save the checkpoint.
 
-    Appends its row to `evaluations` and returns it: `seconds` are those of the training, of `elapsed` less all that was
-    spent here. Writes last.pt, and best.pt if no earlier row is as good: by success, then by mean length.
+    Returns what TensorBoard gets, and appends it to `evaluations` with the step and the seconds of training so far:
+    `elapsed` less all that was spent here. Writes last.pt, and best.pt if no earlier row is as good (by success, then
+    by mean length).
     """
     start = time.perf_counter()
     seeds = range(VALIDATION_SEED, VALIDATION_SEED + num_episodes)
     row = summarize(play_episodes(policy, seeds, checkpoint["env_kwargs"]))
-    row = {key: row[key] for key in ("success_rate", "mean_return", "mean_length", "mean_final_distance_m")}
+    row = {key: row[key] for key in row if key == "success_rate" or key.startswith("mean_")}
     save_checkpoint(checkpoint, run_dir / "last.pt")
     if all((row["success_rate"], -row["mean_length"]) > (e["success_rate"], -e["mean_length"]) for e in evaluations):
         save_checkpoint(checkpoint, run_dir / "best.pt")
@@ -263,7 +264,7 @@ def validate(policy, checkpoint: dict, num_episodes: int, elapsed: float, evalua
     evaluations.append(
         {"global_step": checkpoint["global_step"], "seconds": seconds, "eval_seconds": eval_seconds, **row}
     )
-    return evaluations[-1]
+    return row
 
 
 def report(

@@ -372,9 +372,9 @@ if __name__ == "__main__":
         checkpoint = make_checkpoint(args, actor, global_step)
         elapsed = time.perf_counter() - start_time
         row = validate(make_policy(checkpoint), checkpoint, args.eval_episodes, elapsed, evaluations, run_dir)
-        for key in ("success_rate", "mean_return", "mean_length", "mean_final_distance_m"):
-            writer.add_scalar(f"eval/{key}", row[key], global_step)
-        writer.add_scalar("time/eval", row["eval_seconds"], global_step)
+        for key, value in row.items():
+            writer.add_scalar(f"eval/{key}", value, global_step)
+        writer.add_scalar("time/eval", evaluations[-1]["eval_seconds"], global_step)
         return row["success_rate"]
 
     start_time = time.perf_counter()
