@@ -49,11 +49,11 @@ class Args(EnvArgs):
     # PPO
     total_timesteps: int = 500_000
     """environment steps to train for, over all environments"""
-    num_envs: Annotated[int, tyro.conf.arg(aliases=["--n-envs"])] = 64
+    num_envs: Annotated[int, tyro.conf.arg(aliases=["--n-envs"])] = 128
     """environments stepped together"""
     num_steps: Annotated[int, tyro.conf.arg(aliases=["--n-steps"])] = 32
     """steps of each environment per rollout"""
-    minibatch_size: Annotated[int, tyro.conf.arg(aliases=["--batch-size"])] = 512
+    minibatch_size: Annotated[int, tyro.conf.arg(aliases=["--batch-size"])] = 1024
     """samples per gradient step; must divide num_envs * num_steps"""
     update_epochs: Annotated[int, tyro.conf.arg(aliases=["--n-epochs"])] = 10
     """passes over each rollout, K"""

@@ -27,16 +27,17 @@ import tyro
 from eval import fail
 
 ROOT = Path(__file__).resolve().parent
-SHORT_SAC = "sac_residual.py --total-timesteps 30000 --eval-freq 10000"
+PURE_RL = "ppo.py --num-envs 64 --minibatch-size 512 --total-timesteps 1000000"
+SHORT_SAC = "sac_residual.py --total-timesteps 20000 --eval-freq 10000"
 SUITES = {  # suite: method: command
     "scripts": {
         "PPO residual": "ppo_residual.py",
         "SAC residual": "sac_residual.py",
-        "PPO, pure RL, reach term": "ppo.py --reach-weight -1 --total-timesteps 1000000",
-        "PPO, pure RL, published reward": "ppo.py --init-std 1 --total-timesteps 1000000",
+        "PPO, pure RL, reach term": f"{PURE_RL} --reach-weight -1",
+        "PPO, pure RL, published reward": f"{PURE_RL} --init-std 1",
     },
     "ablations": {
-        "SAC residual, 30k steps": SHORT_SAC,
+        "SAC residual, 20k steps": SHORT_SAC,
         "- without noise in the warm-up": f"{SHORT_SAC} --warmup-std 0",
         "- without warm-up": f"{SHORT_SAC} --learning-starts 256",
         "- without zero-initialised mean": f"{SHORT_SAC} --no-zero-init",
