@@ -2,10 +2,10 @@
 
     action = clip(base_action + alpha * residual_action, -1, 1)
 
-PPO (arXiv 1707.06347) on a residual (arXiv 1812.06298, arXiv 1812.03201) in CleanRL's shape. The last layer of the
+Differs from ppo.py (PPO, arXiv 1707.06347) in the base and the residual only (arXiv 1812.06298, arXiv 1812.03201). The
 residual starts at zero, so training starts at the base's success rate.
 
-    python ppo_residual.py      # 2 minutes on two cores: base 39 %, residual above 99 % of held-out episodes
+    python ppo_residual.py      # 2 minutes on two cores: base 39 %, residual 99.9 % of held-out episodes
 """
 
 import json

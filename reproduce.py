@@ -141,12 +141,13 @@ def format_markdown(runs: list[dict]) -> str:
         rows = [row for row in runs if row["method"] == method]
         success = [100 * float(row["success"]) for row in rows]
 
-        def median(column, rows=rows):
+        def median(column, digits=0, rows=rows):
             values = [float(row[column]) if row[column] not in ("", None) else np.inf for row in rows]
-            return "never" if np.isinf(np.median(values)) else f"{np.median(values):,.5g}"
+            return "never" if np.isinf(np.median(values)) else f"{np.median(values):,.{digits}f}"
 
         cells = [method, ", ".join(f"{s:.1f}" for s in success), f"{np.mean(success):.1f}"]
-        cells += [median(c) for c in ("steps_to_90", "seconds", "seconds_to_90", "median_time_to_success_s")]
+        cells += [median(column) for column in ("steps_to_90", "seconds", "seconds_to_90")]
+        cells += [median("median_time_to_success_s", digits=1)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -165,7 +166,8 @@ def plot(runs: list[dict], curves: list[dict], path: Path) -> None:
             for i, seed in enumerate(row["seed"] for row in runs if row["method"] == method):
                 points = [p for p in curves if p["method"] == method and str(p["seed"]) == str(seed)]
                 x, y = ([float(p[name]) for p in points] for name in (column, "success"))
-                axis.plot(x, y, color=f"C{k}", linewidth=1, alpha=0.8, label=method if i == 0 else None)
+                style = {"color": f"C{k}", "linewidth": 1, "alpha": 0.8, "where": "post"}  # nothing known in between
+                axis.step(x, y, **style, label=method if i == 0 else None)
         axis.axhline(base, color="black", linestyle=":", label="base alone, test episodes")
         axis.set(xlabel={"step": "environment steps", "seconds": "seconds of training"}[column], xscale="symlog")
         axis.grid(alpha=0.3)
