@@ -1,7 +1,7 @@
 """Train, evaluate and tabulate: every number of the README's tables comes from this script.
 
     python reproduce.py                                       # the three scripts, 5 seeds each, one after the other
-    python reproduce.py --suite ablations --seeds 3 --jobs 2  # SAC's flags; with two jobs the seconds mean nothing
+    python reproduce.py --suite ablations --seeds 3 --jobs 2  # what SAC's flags buy
 
 Each run is evaluated on 1,000 held-out test episodes, by its last checkpoint. Rows that are in results/SUITE_runs.csv
 already are not run again. Writes results/SUITE_runs.csv (a row per run), results/SUITE_curves.csv (a row per evaluation
@@ -65,7 +65,7 @@ class Args:
     seeds: int = 5
     """seeds per method, from 1"""
     jobs: int = 1
-    """runs at a time"""
+    """runs at a time; with more than one no seconds are recorded"""
     episodes: int = 1000
     """held-out test episodes of each run"""
     dry_run: bool = False
@@ -92,8 +92,8 @@ def first_at(curve: list[dict], success: float) -> dict | None:
     return next((point for point in curve if float(point["success"]) >= success), None)
 
 
-def run(method: str, command: str, seed: int, episodes: int, commit: str) -> tuple[dict, list[dict]]:
-    """Train and evaluate; returns the row of the run and those of its curve."""
+def run(method: str, command: str, seed: int, episodes: int, commit: str, timed: bool) -> tuple[dict, list[dict]]:
+    """Train and evaluate; returns the row of the run and those of its curve, with seconds if `timed`."""
     script, *flags = shlex.split(command)
     line = [sys.executable, str(ROOT / script), *flags, "--seed", str(seed), "--test-episodes", str(episodes)]
     line += ["--exp-name", re.sub(r"\W+", "_", method)]  # so that runs side by side do not share a folder
@@ -109,7 +109,7 @@ def run(method: str, command: str, seed: int, episodes: int, commit: str) -> tup
             "method": method,
             "seed": seed,
             "step": point["global_step"],
-            "seconds": round(point["seconds"], 1),
+            "seconds": round(point["seconds"], 1) if timed else "",
             "success": point["success_rate"],
         }
         for point in points
@@ -122,7 +122,7 @@ def run(method: str, command: str, seed: int, episodes: int, commit: str) -> tup
         "commit": commit,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "steps": points[-1]["global_step"],
-        "seconds": round(points[-1]["seconds"], 1),
+        "seconds": round(points[-1]["seconds"], 1) if timed else "",
         "success": policy["success_rate"],
         "base_success": base[0]["success_rate"] if base else "",
         "steps_to_90": first["step"],
@@ -132,21 +132,23 @@ def run(method: str, command: str, seed: int, episodes: int, commit: str) -> tup
 
 
 def format_markdown(runs: list[dict]) -> str:
-    """A table with a row per method: every seed's success, and medians over the seeds."""
+    """A table with a row per method: every seed's success, and medians over the seeds that have the figure."""
     lines = [
-        "| method | success of each seed, % | mean | steps to 90 % | training, s | s to 90 % | time to success, s |",
-        "|---|---|---|---|---|---|---|",
+        "| method | success of each seed, % | mean | seeds that reach 90 % | after steps | and s | training, s "
+        "| time to success, s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for method in dict.fromkeys(row["method"] for row in runs):
         rows = [row for row in runs if row["method"] == method]
         success = [100 * float(row["success"]) for row in rows]
 
         def median(column, digits=0, rows=rows):
-            values = [float(row[column]) if row[column] not in ("", None) else np.inf for row in rows]
-            return "never" if np.isinf(np.median(values)) else f"{np.median(values):,.{digits}f}"
+            values = [float(row[column]) for row in rows if row[column] not in ("", None)]
+            return f"{np.median(values):,.{digits}f}" if values else "-"
 
+        reached = sum(row["steps_to_90"] != "" for row in rows)
         cells = [method, ", ".join(f"{s:.1f}" for s in success), f"{np.mean(success):.1f}"]
-        cells += [median(column) for column in ("steps_to_90", "seconds", "seconds_to_90")]
+        cells += [f"{reached} of {len(rows)}", median("steps_to_90"), median("seconds_to_90"), median("seconds")]
         cells += [median("median_time_to_success_s", digits=1)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -165,6 +167,7 @@ def plot(runs: list[dict], curves: list[dict], path: Path) -> None:
         for k, method in enumerate(dict.fromkeys(row["method"] for row in runs)):
             for i, seed in enumerate(row["seed"] for row in runs if row["method"] == method):
                 points = [p for p in curves if p["method"] == method and str(p["seed"]) == str(seed)]
+                points = [p for p in points if p[column] != ""]  # runs side by side have no times
                 x, y = ([float(p[name]) for p in points] for name in (column, "success"))
                 style = {"color": f"C{k}", "linewidth": 1, "alpha": 0.8, "where": "post"}  # nothing known in between
                 axis.step(x, y, **style, label=method if i == 0 else None)
@@ -196,16 +199,14 @@ def main(args: Args) -> None:
     commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     order = list(SUITES[args.suite])
     with ThreadPoolExecutor(args.jobs) as pool:
-        for future in [pool.submit(run, *job, args.episodes, commit) for job in matrix]:
+        for future in [pool.submit(run, *job, args.episodes, commit, args.jobs == 1) for job in matrix]:
             row, curve = future.result()
             runs, curves = [*runs, row], [*curves, *curve]
             for rows in (runs, curves):
                 rows.sort(key=lambda r: (order.index(r["method"]), int(r["seed"])))
             write_rows(curves_path, CURVE_COLUMNS, curves)
             write_rows(runs_path, RUN_COLUMNS, runs)
-            print(
-                f"{row['method']}, seed {row['seed']}: {100 * row['success']:.1f} %, {row['seconds']:.0f} s", flush=True
-            )
+            print(f"{row['method']}, seed {row['seed']}: {100 * row['success']:.1f} %", flush=True)
     table = format_markdown(runs)
     print(table)
     (runs_path.parent / f"{args.suite}.md").write_text(table)

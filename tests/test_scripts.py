@@ -623,11 +623,12 @@ def test_reproduce_resumes_and_tabulates(monkeypatch, tmp_path, capsys):
         (name, step) for name in commands for step in ("0", "32")
     ]
     folders = set(tmp_path.glob("runs/*"))
-    args.seeds = 2
+    args.seeds, args.jobs = 2, 2
     reproduce.main(args)
     assert len(set(tmp_path.glob("runs/*")) - folders) == 2  # the second seed's runs alone
     runs = reproduce.read_rows(Path("results", "tiny_runs.csv"))
     assert [(row["method"], row["seed"]) for row in runs] == [(name, seed) for name in commands for seed in "12"]
+    assert [row["seconds"] == "" for row in runs] == [False, True] * 2  # two runs side by side are not timed
     assert Path("results", "tiny.md").read_text() == reproduce.format_markdown(runs)
     assert Path("results", "tiny.png").stat().st_size > 5000
 
@@ -635,7 +636,7 @@ def test_reproduce_resumes_and_tabulates(monkeypatch, tmp_path, capsys):
 def test_a_failed_run_is_an_error(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RuntimeError, match="alpha must lie in"):
-        reproduce.run("bad", "ppo_residual.py --alpha 2", 1, 1, "")
+        reproduce.run("bad", "ppo_residual.py --alpha 2", 1, 1, "", True)
 
 
 @pytest.mark.parametrize("suite", reproduce.SUITES)
