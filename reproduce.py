@@ -161,7 +161,7 @@ def plot(runs: list[dict], curves: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharey=True)
     base = np.mean([float(row["base_success"]) for row in runs if row["base_success"] not in ("", None)])
     for axis, column in zip(axes, ("step", "seconds"), strict=True):
         for k, method in enumerate(dict.fromkeys(row["method"] for row in runs)):
@@ -176,7 +176,7 @@ def plot(runs: list[dict], curves: list[dict], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="success on validation episodes", ylim=(-0.02, 1.02), xlim=(3000, None))
     axes[1].set_xlim(3, None)
-    axes[0].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
