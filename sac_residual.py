@@ -439,15 +439,24 @@ if __name__ == "__main__":
             episode_returns[done] = episode_lengths[done] = 0
 
         # Store; what follows the last step of an episode is its own last observation, not the next episode's first
-        stored = {"obs": obs, "base_actions": base_action, "actions": action, "rewards": args.reward_scale * reward}
         base_policy.reset(done)
-        base_action = base_policy(next_obs)
-        last_obs, last_base_action = next_obs, base_action
+        next_base_action = base_policy(next_obs)
+        last_obs, last_base_action = next_obs, next_base_action
         if done.any():
-            last_obs, last_base_action = next_obs.copy(), base_action.copy()
+            last_obs, last_base_action = next_obs.copy(), next_base_action.copy()
             last_obs[done] = np.stack(infos["final_obs"][done])
             last_base_action[done] = base_policy(last_obs[done])
-        rb.add(**stored, next_obs=last_obs, next_base_actions=last_base_action, terminations=terminations, dones=done)
+        rb.add(
+            obs=obs,
+            base_actions=base_action,
+            actions=action,
+            rewards=args.reward_scale * reward,
+            next_obs=last_obs,
+            next_base_actions=last_base_action,
+            terminations=terminations,
+            dones=done,
+        )
+        base_action = next_base_action
 
         # Update
         update_start = time.perf_counter()

@@ -289,6 +289,11 @@ def test_the_diff_is_the_idea():
     assert sum(line.startswith(("<", ">")) for line in lines) <= 90
     for hunk in hunks:
         assert re.search("base|residual", hunk, re.IGNORECASE), hunk
+    readme = (ROOT / "README.md").read_text()
+    changed = sum(line.startswith(("<", ">")) for line in lines)
+    assert f"in {len(hunks)} hunks and {changed} lines" in readme
+    for name in TRAINING:
+        assert f"**`{name}`** ({len((ROOT / name).read_text().splitlines())} lines)" in readme
     assert not re.search("base|residual", (ROOT / "ppo.py").read_text(), re.IGNORECASE)
 
 
@@ -359,7 +364,9 @@ def test_a_run_writes_what_the_readme_says(monkeypatch, tmp_path):
         assert json.loads((run_dir / "args.json").read_text())["num_envs"] == 2
         logged[name] = set(EventAccumulator(str(run_dir)).Reload().Tags()["scalars"])
     groups = "charts|eval|losses|residual|reward|rollout|task|time"
-    documented = set(re.findall(f"`((?:{groups})/\\w+)`", (ROOT / "README.md").read_text()))
+    readme = (ROOT / "README.md").read_text()
+    documented = set(re.findall(f"`((?:{groups})/\\w+)`", readme))
+    assert "`reward/<term>`" in readme
     everything = set.union(*logged.values())
     assert documented == {key for key in everything if not key.startswith("reward/")}
     only = {name: everything - keys for name, keys in logged.items()}  # what a script does not log
@@ -431,11 +438,12 @@ BAD_INPUT = {
     "--eval-episodes 0": "eval-episodes",
     "--learning-rate 0": "learning-rate",
     "--learning-rate nan": "learning-rate",
-    "--num-envs 0": "num",
+    "--num-envs 0": "num_envs",
 }
 
 
 BAD_INPUT_OF_SAC = {
+    "--num-envs 0": "num-envs",
     "--utd 0": "utd",
     "--buffer-size 20": "buffer-size",
     "--n-step 0": "n-step",
@@ -447,20 +455,19 @@ BAD_INPUT_OF_SAC = {
 
 
 @pytest.mark.parametrize(
-    ("name", "flags"),
+    ("name", "flags", "expected"),
     [
-        *[("ppo_residual.py", flags) for flags in BAD_INPUT],
-        *[("ppo.py", flags) for flags in BAD_INPUT if "alpha" not in flags and "base" not in flags],
-        *[("sac_residual.py", flags) for flags in BAD_INPUT if "minibatch" not in flags],
-        *[("sac_residual.py", flags) for flags in BAD_INPUT_OF_SAC],
+        *[("ppo_residual.py", *item) for item in BAD_INPUT.items()],
+        *[("ppo.py", *item) for item in BAD_INPUT.items() if "alpha" not in item[0] and "base" not in item[0]],
+        *[("sac_residual.py", *item) for item in (BAD_INPUT | BAD_INPUT_OF_SAC).items() if "minibatch" not in item[0]],
     ],
 )
-def test_bad_input_ends_with_one_line_and_writes_nothing(name, flags, monkeypatch, tmp_path, capfd):
+def test_bad_input_ends_with_one_line_and_writes_nothing(name, flags, expected, monkeypatch, tmp_path, capfd):
     with pytest.raises(SystemExit) as end:
         run_script(name, flags, monkeypatch, tmp_path)
     captured = capfd.readouterr()
     assert end.value.code == 2
-    assert {**BAD_INPUT, **BAD_INPUT_OF_SAC}[flags] in captured.err + captured.out
+    assert expected in captured.err + captured.out
     assert "Traceback" not in captured.err
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
     assert not list(tmp_path.iterdir())
