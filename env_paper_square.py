@@ -66,7 +66,7 @@ class EnvArgs:
     tape_half_size: float = 0.08
     """half the inside width of the tape square, m"""
     randomize: bool = True
-    """randomise the sheet's pose, friction and mass at every reset"""
+    """randomise the sheet's pose, friction and mass at every reset (evaluations always do)"""
     randomize_xy: float = 0.05
     """largest offset of the sheet's start in x and y, m"""
     randomize_yaw: float = 0.3
@@ -92,6 +92,17 @@ class EnvArgs:
 def env_kwargs(args: EnvArgs) -> dict:
     """The constructor arguments of the environment that are flags of the training scripts."""
     return {field.name: getattr(args, field.name) for field in fields(EnvArgs)}
+
+
+def eval_kwargs(args: EnvArgs) -> dict:
+    """The constructor arguments of the environment that a policy trained with `args` is judged in.
+
+    Its own task, randomised by default as widely as any other's, or more widely if it was trained so; returns of
+    different trainings compare, because the reward's weights are the default ones.
+    """
+    scales = [field for field in fields(EnvArgs) if field.name.startswith("randomize_")]
+    widest = {field.name: max(field.default, getattr(args, field.name)) for field in scales}
+    return {"act_scale": args.act_scale, "tape_half_size": args.tape_half_size, **widest}
 
 
 class PaperSquareVectorEnv(VectorEnv):

@@ -238,11 +238,17 @@ def load_policies(args: Args) -> tuple[dict, dict]:
     for name in names:
         policies[name] = RandomPolicy() if name == "random" else make_base_policy(name, act_scale=shared["act_scale"])
         env_kwargs[name] = shared
-    if len({kwargs.get("tape_half_size") for kwargs in env_kwargs.values()}) > 1:
-        raise ValueError("the checkpoints were trained for squares of different tape_half_size: evaluate them apart")
+    for key in set().union(*env_kwargs.values()) - {"act_scale"}:
+        if len({kwargs.get(key) for kwargs in env_kwargs.values()}) > 1:
+            raise ValueError(f"the checkpoints were trained for tasks of different {key}: evaluate them apart")
     if not policies:
         raise ValueError("nothing to evaluate: give --model-path CHECKPOINT or --policy jacobian")
     return policies, env_kwargs
+
+
+def environment_of(checkpoint: dict) -> dict:
+    """What a training evaluates in: the environment of its checkpoint, on the threads that it trains with."""
+    return {**checkpoint["env_kwargs"], "num_threads": checkpoint["args"]["num_threads"]}
 
 
 def validate(policy, checkpoint: dict, num_episodes: int, elapsed: float, evaluations: list, run_dir: Path) -> dict:
@@ -254,7 +260,7 @@ def validate(policy, checkpoint: dict, num_episodes: int, elapsed: float, evalua
     """
     start = time.perf_counter()
     seeds = range(VALIDATION_SEED, VALIDATION_SEED + num_episodes)
-    row = summarize(play_episodes(policy, seeds, checkpoint["env_kwargs"]))
+    row = summarize(play_episodes(policy, seeds, environment_of(checkpoint)))
     row = {key: row[key] for key in row if key == "success_rate" or key.startswith("mean_")}
     save_checkpoint(checkpoint, run_dir / "last.pt")
     if all((row["success_rate"], -row["mean_length"]) > (e["success_rate"], -e["mean_length"]) for e in evaluations):
@@ -273,7 +279,7 @@ def report(
     """End a training: play all policies on the same test episodes, print the table, write results.json."""
     seeds = range(TEST_SEED, TEST_SEED + num_episodes)
     results = {
-        name: summarize(play_episodes(policy, seeds, checkpoint["env_kwargs"], progress=name))
+        name: summarize(play_episodes(policy, seeds, environment_of(checkpoint), progress=name))
         for name, policy in policies.items()
     }
     minutes = evaluations[-1]["seconds"] / 60

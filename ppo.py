@@ -21,7 +21,7 @@ from torch.distributions.normal import Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from env_paper_square import OBS, EnvArgs, env_kwargs
+from env_paper_square import OBS, EnvArgs, env_kwargs, eval_kwargs
 from eval import VALIDATION_SEED, check_rendering, fail, report, validate
 
 
@@ -165,7 +165,7 @@ def make_checkpoint(args, agent, global_step):
     return {
         "script": Path(__file__).stem,
         "args": asdict(args),
-        "env_kwargs": {"act_scale": args.act_scale, "tape_half_size": args.tape_half_size},
+        "env_kwargs": eval_kwargs(args),
         "obs_names": list(OBS),
         "model": agent.state_dict(),
         "global_step": global_step,

@@ -26,7 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from base_policies import BaseArgs, make_base
-from env_paper_square import OBS, EnvArgs, env_kwargs
+from env_paper_square import OBS, EnvArgs, env_kwargs, eval_kwargs
 from eval import VALIDATION_SEED, check_rendering, fail, report, validate
 
 
@@ -217,7 +217,7 @@ def make_checkpoint(args, agent, global_step):
     return {
         "script": Path(__file__).stem,
         "args": asdict(args),
-        "env_kwargs": {"act_scale": args.act_scale, "tape_half_size": args.tape_half_size},
+        "env_kwargs": eval_kwargs(args),
         "obs_names": list(OBS),
         "model": agent.state_dict(),
         "global_step": global_step,

@@ -29,6 +29,7 @@ from env_paper_square import (
     PaperSquareEnv,
     PaperSquareVectorEnv,
     env_kwargs,
+    eval_kwargs,
     to_si,
 )
 
@@ -426,6 +427,13 @@ def test_episodes_can_start_with_steps_already_taken():
 def test_flags_have_the_defaults_of_the_constructor():
     parameters = inspect.signature(PaperSquareVectorEnv).parameters
     assert env_kwargs(EnvArgs()) == {name: parameters[name].default for name in env_kwargs(EnvArgs())}
+
+
+def test_evaluation_is_never_easier_than_the_default_nor_than_the_training():
+    args = EnvArgs(act_scale=0.03, tape_half_size=0.076, randomize=False, randomize_xy=0.0, randomize_yaw=1.5)
+    expected = {name: env_kwargs(EnvArgs())[name] for name in eval_kwargs(args)}
+    expected |= {"act_scale": 0.03, "tape_half_size": 0.076, "randomize_yaw": 1.5}
+    assert eval_kwargs(args) == expected and "randomize" not in expected
 
 
 # Randomisation
