@@ -52,6 +52,8 @@ class Args:
     """sample the actions of checkpoints instead of taking the mean"""
     num_envs: int = 64
     """environments stepped together"""
+    num_threads: int = 0
+    """threads that step the physics; 0 takes all cores"""
     plot: bool = False
     """write results.png"""
     save_video: bool = False
@@ -408,7 +410,8 @@ if __name__ == "__main__":
 
     results = {}
     for name, policy in policies.items():
-        results[name] = summarize(play_episodes(policy, seeds, env_kwargs[name], args.num_envs, progress=name))
+        environment = {**env_kwargs[name], "num_threads": args.num_threads}
+        results[name] = summarize(play_episodes(policy, seeds, environment, args.num_envs, progress=name))
     print(format_table(results))
     (output_dir / "results.json").write_text(json.dumps({"policies": results, "args": asdict(args)}, indent=1) + "\n")
     print(f"wrote {output_dir / 'results.json'}")

@@ -1,11 +1,14 @@
-"""Train, evaluate and tabulate: every number of the README's tables comes from this script.
+"""Every number of the README's tables comes from this script: train, evaluate, tabulate, compare.
 
-    python reproduce.py                                       # the three scripts, 5 seeds each, one after the other
-    python reproduce.py --suite ablations --seeds 3 --jobs 2  # what SAC's flags buy
+    pip install submitit==1.5.4
+    python reproduce.py                            # suite paper: three scripts, 10 seeds, an hour on two cores
+    python reproduce.py --suite ablations          # what the flags of the residual buy
+    python reproduce.py --suite paper --executor slurm --slurm-partition gpu
+    python reproduce.py --suite paper --dry-run    # the commands, and nothing else
 
-Each run is evaluated on 1,000 held-out test episodes, by its last checkpoint. Rows that are in results/SUITE_runs.csv
-already are not run again. Writes results/SUITE_runs.csv (a row per run), results/SUITE_curves.csv (a row per evaluation
-in the course of a training), results/SUITE.md and results/SUITE.png.
+Each run is judged by its last checkpoint, on held-out test episodes. Runs that are whole in results/ are not repeated.
+Writes results/SUITE_runs.csv (a row per run), results/SUITE_curves.csv (a row per evaluation during a training),
+results/SUITE_curves.png, results/SUITE_success.png, and results/table.md (all suites).
 """
 
 import csv
@@ -16,75 +19,280 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+import time
+import zlib
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tyro
+from scipy.stats import binomtest, bootstrap, mannwhitneyu, trim_mean
 
 from eval import fail
 
 ROOT = Path(__file__).resolve().parent
-PURE_RL = "ppo.py --num-envs 64 --minibatch-size 512 --total-timesteps 1000000"
+RESULTS = Path("results")
+PURE_RL = "ppo.py --num-envs 64 --minibatch-size 512 --total-timesteps 1000000 --reach-weight -1"
+SHORT_PPO = "ppo_residual.py --total-timesteps 100000"  # stopped where differences are largest
 SHORT_SAC = "sac_residual.py --total-timesteps 20000 --eval-freq 10000"
-SUITES = {  # suite: method: command
-    "scripts": {
-        "PPO residual": "ppo_residual.py",
-        "SAC residual": "sac_residual.py",
-        "PPO, pure RL, reach term": f"{PURE_RL} --reach-weight -1",
-        "PPO, pure RL, published reward": f"{PURE_RL} --init-std 1",
-    },
-    "ablations": {
-        "SAC residual, 20k steps": SHORT_SAC,
-        "- without noise in the warm-up": f"{SHORT_SAC} --warmup-std 0",
-        "- without warm-up": f"{SHORT_SAC} --learning-starts 256",
-        "- without zero-initialised mean": f"{SHORT_SAC} --no-zero-init",
-        "- without layer normalisation": f"{SHORT_SAC} --no-layer-norm",
-        "- without the base action as input": f"{SHORT_SAC} --no-base-input",
-        "- with 1-step returns": f"{SHORT_SAC} --n-step 1",
-        "- with half the updates": f"{SHORT_SAC} --utd 0.25",
-        "- with a fixed temperature": f"{SHORT_SAC} --no-autotune",
-        "- with progressive exploration": f"{SHORT_SAC} --prog-explore 10000",
-    },
+QUICK = "--total-timesteps 1024 --num-envs 8 --eval-episodes 4"
+WIDE = (
+    "--randomize-xy 0.08 --randomize-yaw 1.5708"  # x 0.11 to 0.27 m, y -0.17 to -0.01 m; the sheet looks alike after pi
+)
+
+
+@dataclass(frozen=True)
+class Suite:
+    methods: dict[str, str]
+    """command of each method, by its name"""
+    references: tuple[str, ...]
+    """methods that the others are compared with"""
+    seeds: int = 3
+    """seeds of each method; a base policy alone is deterministic and has one"""
+    episodes: int = 1000
+    """held-out test episodes that each run is judged by"""
+
+
+SUITES = {
+    "paper": Suite(
+        {
+            "base alone": "eval.py --policy jacobian",
+            "pure RL (PPO)": PURE_RL,
+            "residual, SAC": "sac_residual.py",
+            "residual, PPO": "ppo_residual.py",
+        },
+        references=("base alone", "pure RL (PPO)"),
+        seeds=10,
+    ),
+    "bases": Suite(
+        {
+            "zero": "eval.py --policy zero",
+            "zero + residual": SHORT_PPO + " --base-policy zero",
+            "Jacobian": "eval.py --policy jacobian",
+            "Jacobian + residual": SHORT_PPO,
+            "half speed": "eval.py --policy hybrid",
+            "half speed + residual": SHORT_PPO + " --base-policy hybrid",
+        },
+        references=("Jacobian", "Jacobian + residual"),
+    ),
+    "ablations": Suite(
+        {
+            "PPO residual, 100k steps": SHORT_PPO,
+            "alpha 0.1": SHORT_PPO + " --alpha 0.1",
+            "alpha 0.3": SHORT_PPO + " --alpha 0.3",
+            "alpha 1.0": SHORT_PPO + " --alpha 1",
+            "alpha rising from 0.3 to 1.0": SHORT_PPO + " --alpha-schedule linear",
+            "act_scale 0.01": SHORT_PPO + " --act-scale 0.01",
+            "act_scale 0.04": SHORT_PPO + " --act-scale 0.04",
+            "no residual penalty": SHORT_PPO + " --residual-penalty 0",
+            "residual penalty times ten": SHORT_PPO + " --residual-penalty 0.01",
+            "constant step size": SHORT_PPO + " --no-anneal-lr",
+            "curriculum": SHORT_PPO + " --curriculum",
+            "trained without randomisation": SHORT_PPO + " --no-randomize",
+            "base action not shown": SHORT_PPO + " --no-base-input",
+            "critic starts at zero": SHORT_PPO + " --no-value-init",
+        },
+        references=("PPO residual, 100k steps",),
+    ),
+    "sac": Suite(
+        {
+            "SAC residual, 20k steps": SHORT_SAC,
+            "no noise in the warm-up": SHORT_SAC + " --warmup-std 0",
+            "no warm-up": SHORT_SAC + " --learning-starts 256",
+            "mean not zero at the start": SHORT_SAC + " --no-zero-init",
+            "no layer normalisation": SHORT_SAC + " --no-layer-norm",
+            "base action not shown": SHORT_SAC + " --no-base-input",
+            "1-step returns": SHORT_SAC + " --n-step 1",
+            "half the updates": SHORT_SAC + " --utd 0.25",
+            "fixed temperature": SHORT_SAC + " --no-autotune",
+            "progressive exploration": SHORT_SAC + " --prog-explore 10000",
+        },
+        references=("SAC residual, 20k steps",),
+    ),
+    "precision": Suite(
+        {
+            "clearance 6 mm, base alone": "eval.py --policy jacobian",
+            "clearance 6 mm, residual": "ppo_residual.py",
+            "clearance 4 mm, base alone": "eval.py --policy jacobian --tape-half-size 0.078",
+            "clearance 4 mm, residual": "ppo_residual.py --tape-half-size 0.078",
+            "clearance 2 mm, base alone": "eval.py --policy jacobian --tape-half-size 0.076",
+            "clearance 2 mm, residual": "ppo_residual.py --tape-half-size 0.076",
+            "any start, base alone": f"eval.py --policy jacobian {WIDE}",
+            "any start, residual": f"ppo_residual.py {WIDE}",
+        },
+        references=("clearance 6 mm, residual",),
+    ),
+    "quick": Suite(
+        {
+            "base alone": "eval.py --policy jacobian",
+            "pure RL (PPO)": f"ppo.py {QUICK} --num-steps 16 --minibatch-size 64",
+            "residual, SAC": f"sac_residual.py {QUICK} --learning-starts 512 --batch-size 32",
+            "residual, PPO": f"ppo_residual.py {QUICK} --num-steps 16 --minibatch-size 64",
+        },
+        references=("base alone",),
+        seeds=2,
+        episodes=8,
+    ),
 }
+PACKAGES = ("mujoco", "numpy", "torch")
 RUN_COLUMNS = (
-    "method", "command", "seed", "commit", "machine", "steps", "seconds", "success", "base_success", "steps_to_90",
-    "seconds_to_90", "median_time_to_success_s",
+    "method", "command", "seed", "commit", "versions", "machine", "cores", "side_by_side", "steps", "training_s",
+    "wall_clock_s", "episodes", "failed_episodes", "median_time_to_success_s", "checksum",
 )  # fmt: skip
-CURVE_COLUMNS = ("method", "seed", "step", "seconds", "success")
+CURVE_COLUMNS = ("method", "seed", "step", "training_s", "success")
 
 
 @dataclass
 class Args:
-    suite: str = "scripts"
-    """what to run: scripts or ablations"""
+    suite: str = "paper"
+    """what to run: paper, bases, ablations, sac, precision or quick"""
     only: str = ""
     """run only the methods whose name contains this"""
-    seeds: int = 5
-    """seeds per method, from 1"""
-    jobs: int = 1
-    """runs at a time; with more than one no seconds are recorded"""
-    episodes: int = 1000
-    """held-out test episodes of each run"""
+    seeds: int = 0
+    """seeds per method, from 1; 0 takes the suite's own number"""
+    episodes: int = 0
+    """held-out test episodes of each run; 0 takes the suite's own number"""
+    cores_per_run: int = 1
+    """cores of each run; as many runs go side by side as the machine has cores for"""
+    executor: Literal["local", "slurm"] = "local"
+    """where the runs go: this machine, or a SLURM cluster, through submitit"""
+    slurm_partition: str = ""
+    """partition of the cluster"""
+    timeout_min: int = 240
+    """longest that a run may take, minutes"""
     dry_run: bool = False
     """print the commands and run nothing"""
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a CSV file; none if there is no file."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+# Runs
 
 
-def write_rows(path: Path, columns: Iterable[str], rows: list[dict]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+def commands(method: str, command: str, seed: int, episodes: int, cores: int) -> list[list[str]]:
+    """What one run executes: the training, if there is one, and the evaluation of its last checkpoint."""
+    script, *flags = shlex.split(command)
+    name = re.sub(r"\W+", "_", method)  # runs side by side must not share a folder
+    evaluate = ["eval.py", "--n-episodes", str(episodes), "--num-threads", str(cores)]
+    if script == "eval.py":
+        return [[*evaluate, *flags, "--output-dir", f"runs/{name}"]]
+    train = [script, *flags, "--seed", str(seed), "--num-threads", str(cores)]
+    train += ["--exp-name", name, "--test-episodes", "1"]
+    return [train, [*evaluate, "--model-path", f"runs/{name}__{seed}__TIME/last.pt"]]
+
+
+def run(method: str, command: str, seed: int, episodes: int, cores: int) -> tuple[dict, list[dict]]:
+    """Train and evaluate; returns the columns of its row that are measured, and the rows of its curve."""
+    start = time.perf_counter()
+
+    def execute(line):
+        environment = {**os.environ, "TQDM_DISABLE": "1"}
+        line = [sys.executable, str(ROOT / line[0]), *line[1:]]
+        done = subprocess.run(line, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            raise RuntimeError(f"{shlex.join(line)} ended with exit code {done.returncode}: {done.stderr[-500:]}")
+        return done.stdout
+
+    *train, evaluate = commands(method, command, seed, episodes, cores)
+    folder, evaluations = Path(evaluate[-1]), []
+    if train:
+        run_dir = Path(re.search(r"^wrote (\S+);", execute(train[0]), re.MULTILINE)[1])
+        evaluations = json.loads((run_dir / "results.json").read_text())["evaluations"]
+        folder = run_dir / "test"
+        evaluate = [*evaluate[:-1], str(run_dir / "last.pt"), "--output-dir", str(folder)]
+    execute(evaluate)
+    (policy,) = json.loads((folder / "results.json").read_text())["policies"].values()
+    row = {
+        "versions": ", ".join(
+            [f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in PACKAGES)]
+        ),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "steps": evaluations[-1]["global_step"] if evaluations else 0,
+        "training_s": round(evaluations[-1]["seconds"], 1) if evaluations else 0,
+        "wall_clock_s": round(time.perf_counter() - start, 1),
+        "episodes": len(policy["episodes"]),
+        "failed_episodes": " ".join(str(k) for k, e in enumerate(policy["episodes"]) if not e["success"]),
+        "median_time_to_success_s": policy["median_time_to_success_s"],
+    }
+    curve = [
+        {"step": e["global_step"], "training_s": round(e["seconds"], 1), "success": e["success_rate"]}
+        for e in evaluations
+    ]
+    return row, curve
+
+
+# Rows
+
+
+def checksum(row: dict, curve: list[dict]) -> str:
+    """CRC-32 of a run's row and of the rows of its curve, as they stand in the files."""
+    cells = [row[name] for name in RUN_COLUMNS if name != "checksum"]
+    cells += [point[name] for point in curve for name in CURVE_COLUMNS]
+    return f"{zlib.crc32(json.dumps(['' if cell is None else str(cell) for cell in cells]).encode()):08x}"
+
+
+def of_run(row: dict, curves: list[dict]) -> list[dict]:
+    """The rows of a run's curve."""
+    return [point for point in curves if (point["method"], point["seed"]) == (row["method"], row["seed"])]
+
+
+def read_rows(suite: str) -> tuple[list[dict], list[dict]]:
+    """The rows of a suite's runs and of their curves, all cells as text; damaged ones are left out, and said so."""
+    runs, curves = [], []
+    for kind, rows in (("runs", runs), ("curves", curves)):
+        path = RESULTS / f"{suite}_{kind}.csv"
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8", errors="replace") as file:
+                rows.extend(csv.DictReader((line.replace("\0", "") for line in file), restval=""))
+    columns = {*RUN_COLUMNS}
+    whole = [row for row in runs if set(row) == columns and row["checksum"] == checksum(row, of_run(row, curves))]
+    if len(whole) < len(runs):
+        print(f"results of {suite}: {len(runs) - len(whole)} of {len(runs)} rows are damaged", file=sys.stderr)
+    return whole, [point for row in whole for point in of_run(row, curves)]
+
+
+def write_rows(suite: str, runs: list[dict], curves: list[dict]) -> None:
+    """Write both files, each whole or not at all; the runs last, so that none of them lacks its curve."""
+    order = list(SUITES[suite].methods)
+    for kind, columns, rows in (("curves", CURVE_COLUMNS, curves), ("runs", RUN_COLUMNS, runs)):
+        path = RESULTS / f"{suite}_{kind}.csv"
+        with path.with_suffix(".tmp").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(sorted(rows, key=lambda row: (order.index(row["method"]), int(row["seed"]))))
+        path.with_suffix(".tmp").replace(path)
+
+
+# Statistics
+
+
+def solved(rows: list[dict]) -> np.ndarray:
+    """Whether each run solved each test episode, (runs, episodes) of 0 and 1."""
+    outcomes = np.ones((len(rows), int(rows[0]["episodes"])))
+    for outcome, row in zip(outcomes, rows, strict=True):
+        outcome[[int(k) for k in row["failed_episodes"].split()]] = 0.0
+    return outcomes
+
+
+def interquartile_mean(x, axis=-1):
+    return trim_mean(x, 0.25, axis=axis)
+
+
+def probability_of_improvement(x, y, axis=-1):
+    """P(X > Y) + P(X = Y) / 2 for a run of each, from Mann and Whitney's U."""
+    return mannwhitneyu(x, y, axis=axis, method="asymptotic").statistic / (np.shape(x)[axis] * np.shape(y)[axis])
+
+
+def interval(statistic, *samples) -> tuple[float, float]:
+    """95 % percentile bootstrap interval; each sample is a stratum, drawn from on its own."""
+    samples = [np.repeat(sample, 2) if len(sample) == 1 else sample for sample in samples]  # deterministic: one run
+    result = bootstrap(samples, statistic, n_resamples=10_000, method="percentile", batch=500, rng=0)
+    return tuple(result.confidence_interval)
+
+
+def percent(value: float, bounds=None, digits: int = 1) -> str:
+    text = f"{100 * value:.{digits}f}"
+    return text if bounds is None else f"{text} ({100 * bounds[0]:.{digits}f} to {100 * bounds[1]:.{digits}f})"
 
 
 def first_at(curve: list[dict], success: float) -> dict | None:
@@ -92,129 +300,215 @@ def first_at(curve: list[dict], success: float) -> dict | None:
     return next((point for point in curve if float(point["success"]) >= success), None)
 
 
-def run(method: str, command: str, seed: int, episodes: int, commit: str, timed: bool) -> tuple[dict, list[dict]]:
-    """Train and evaluate; returns the row of the run and those of its curve, with seconds if `timed`."""
-    script, *flags = shlex.split(command)
-    line = [sys.executable, str(ROOT / script), *flags, "--seed", str(seed), "--test-episodes", str(episodes)]
-    line += ["--exp-name", re.sub(r"\W+", "_", method)]  # so that runs side by side do not share a folder
-    done = subprocess.run(line, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{command} --seed {seed} ended with exit code {done.returncode}: {done.stderr[-500:]}")
-    run_dir = Path(re.search(r"^wrote (\S+);", done.stdout, re.MULTILINE)[1])
-    results = json.loads((run_dir / "results.json").read_text())
-    *base, policy = results["policies"].values()
-    points = results["evaluations"]
-    curve = [
-        {
-            "method": method,
-            "seed": seed,
-            "step": point["global_step"],
-            "seconds": round(point["seconds"], 1) if timed else "",
-            "success": point["success_rate"],
-        }
-        for point in points
-    ]
-    first = first_at(curve, 0.9) or {"step": "", "seconds": ""}
-    return {
-        "method": method,
-        "command": command,
-        "seed": seed,
-        "commit": commit,
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        "steps": points[-1]["global_step"],
-        "seconds": round(points[-1]["seconds"], 1) if timed else "",
-        "success": policy["success_rate"],
-        "base_success": base[0]["success_rate"] if base else "",
-        "steps_to_90": first["step"],
-        "seconds_to_90": first["seconds"],
-        "median_time_to_success_s": policy["median_time_to_success_s"],
-    }, curve
-
-
-def format_markdown(runs: list[dict]) -> str:
-    """A table with a row per method: every seed's success, and medians over the seeds that have the figure."""
+def format_methods(runs: list[dict], curves: list[dict]) -> str:
+    """A row per method: success over its seeds, its worst seed, and how soon it learned."""
     lines = [
-        "| method | success of each seed, % | mean | seeds that reach 90 % | after steps | and s | training, s "
-        "| time to success, s |",
+        "| method | runs | success, mean | interquartile mean | worst run | reach 90 % | at step | time to success |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for method in dict.fromkeys(row["method"] for row in runs):
         rows = [row for row in runs if row["method"] == method]
-        success = [100 * float(row["success"]) for row in rows]
-
-        def median(column, digits=0, rows=rows):
-            values = [float(row[column]) for row in rows if row[column] not in ("", None)]
-            return f"{np.median(values):,.{digits}f}" if values else "-"
-
-        reached = sum(row["steps_to_90"] != "" for row in rows)
-        cells = [method, ", ".join(f"{s:.1f}" for s in success), f"{np.mean(success):.1f}"]
-        cells += [f"{reached} of {len(rows)}", median("steps_to_90"), median("seconds_to_90"), median("seconds")]
-        cells += [median("median_time_to_success_s", digits=1)]
+        outcomes = solved(rows)
+        success = outcomes.mean(axis=1)
+        worst = binomtest(int(outcomes.sum(axis=1).min()), outcomes.shape[1]).proportion_ci(method="wilson")
+        cells = [method, str(len(rows)), percent(success.mean()), percent(interquartile_mean(success))]
+        if len(rows) > 1:
+            cells[2:] = [percent(s(success, axis=-1), interval(s, success)) for s in (np.mean, interquartile_mean)]
+        cells.append(percent(success.min(), worst))
+        reached = [first_at(of_run(row, curves), 0.9) for row in rows]
+        steps = [int(point["step"]) for point in reached if point]
+        trained = int(rows[0]["steps"]) > 0
+        cells.append(f"{len(steps)} of {len(rows)}" if trained else "-")
+        cells.append(f"{np.median(steps):,.0f}" if steps else "-")
+        times = [float(row["median_time_to_success_s"]) for row in rows if row["median_time_to_success_s"]]
+        cells.append(f"{np.median(times):.1f} s" if times else "-")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def plot(runs: list[dict], curves: list[dict], path: Path) -> None:
-    """Success against steps and against seconds, a line per seed, with the base as a horizontal line."""
+def format_comparisons(runs: list[dict], references: tuple[str, ...]) -> str:
+    """A row per method and reference: the difference on the same episodes, and the probability of improvement."""
+    lines = ["| method | against | difference, points | probability of improvement |", "|---|---|---|---|"]
+    methods = list(dict.fromkeys(row["method"] for row in runs))
+    for reference in references:
+        for method in methods:
+            if method == reference or reference not in methods:
+                continue
+            x, y = (solved([row for row in runs if row["method"] == name]) for name in (method, reference))
+            if x.shape[1] != y.shape[1]:
+                raise ValueError(f"{method} and {reference} were judged by different numbers of episodes")
+            paired = x.mean(axis=0) - y.mean(axis=0)  # (episodes,)
+            difference = percent(paired.mean(), interval(np.mean, paired))
+            x, y = x.mean(axis=1), y.mean(axis=1)
+            better = percent(probability_of_improvement(x, y), interval(probability_of_improvement, x, y), digits=0)
+            lines.append(f"| {method} | {reference} | {difference} | {better} |")
+    return "\n".join(lines) + "\n"
+
+
+def format_suite(suite: str, runs: list[dict], curves: list[dict]) -> str:
+    """The section of a suite in results/table.md."""
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in runs))
+    episodes = " and ".join(dict.fromkeys(row["episodes"] for row in runs))
+    head = f"## {suite}\n\n`python reproduce.py --suite {suite}`, {episodes} test episodes per run, at {commits}.\n"
+    return "\n".join([head, format_methods(runs, curves), format_comparisons(runs, SUITES[suite].references)])
+
+
+def format_everything() -> str:
+    """results/table.md, from the CSV files of all suites that have any."""
+    sections = [format_suite(suite, *read_rows(suite)) for suite in SUITES if (RESULTS / f"{suite}_runs.csv").is_file()]
+    legend = "Success in %, with 95 % intervals in brackets; definitions in the README.\n"
+    return "\n".join(["# Results\n", legend, *sections])
+
+
+# Figures
+
+
+def colours(methods) -> dict[str, tuple]:
+    from matplotlib import colormaps
+
+    palette = colormaps["tab10" if len(methods) <= 10 else "tab20"]
+    return {method: palette(k) for k, method in enumerate(methods)}
+
+
+def plot_curves(runs: list[dict], curves: list[dict], path: Path) -> None:
+    """Success against steps: the mean over the seeds with its bootstrap band, and a thin line per seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharey=True)
-    base = np.mean([float(row["base_success"]) for row in runs if row["base_success"] not in ("", None)])
-    for axis, column in zip(axes, ("step", "seconds"), strict=True):
-        for k, method in enumerate(dict.fromkeys(row["method"] for row in runs)):
-            for i, seed in enumerate(row["seed"] for row in runs if row["method"] == method):
-                points = [p for p in curves if p["method"] == method and str(p["seed"]) == str(seed)]
-                points = [p for p in points if p[column] != ""]  # runs side by side have no times
-                x, y = ([float(p[name]) for p in points] for name in (column, "success"))
-                style = {"color": f"C{k}", "linewidth": 1, "alpha": 0.8, "where": "post"}  # nothing known in between
-                axis.step(x, y, **style, label=method if i == 0 else None)
-        axis.axhline(base, color="black", linestyle=":", label="base alone, test episodes")
-        axis.set(xlabel={"step": "environment steps", "seconds": "seconds of training"}[column], xscale="symlog")
-        axis.grid(alpha=0.3)
-    axes[0].set(ylabel="success on validation episodes", ylim=(-0.02, 1.02), xlim=(3000, None))
-    axes[1].set_xlim(3, None)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small")
+    figure, axis = plt.subplots(figsize=(9, 4.6), layout="constrained")
+    for method, colour in colours(list(dict.fromkeys(row["method"] for row in runs))).items():
+        rows = [row for row in runs if row["method"] == method]
+        if not of_run(rows[0], curves):  # nothing was trained
+            success = solved(rows).mean()
+            axis.axhline(success, color=colour, linestyle=":", label=f"{method} (test episodes)")
+            continue
+        steps = [int(point["step"]) for point in of_run(rows[0], curves)]
+        lines = np.array(
+            [[float(point["success"]) for point in of_run(row, curves)] for row in rows]
+        )  # (seeds, points)
+        axis.plot(steps, lines.T, color=colour, linewidth=0.6, alpha=0.35)
+        axis.plot(steps, lines.mean(axis=0), color=colour, linewidth=2, label=method)
+        if len(rows) > 1:
+            band = np.array([interval(np.mean, column) for column in lines.T])
+            axis.fill_between(steps, band[:, 0], band[:, 1], color=colour, alpha=0.2, linewidth=0)
+    axis.set(xlabel="environment steps", ylabel="success on validation episodes", xscale="symlog", ylim=(-0.02, 1.02))
+    axis.set_xlim(left=3000)
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
-def main(args: Args) -> None:
-    runs_path, curves_path = (Path("results") / f"{args.suite}_{kind}.csv" for kind in ("runs", "curves"))
-    runs, curves = read_rows(runs_path), read_rows(curves_path)
-    done = {(row["method"], row["command"], row["seed"]) for row in runs}
+def plot_success(runs: list[dict], path: Path) -> None:
+    """Success on the test episodes, by method: a dot per run, the interquartile mean and its interval."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    methods = list(dict.fromkeys(row["method"] for row in runs))
+    figure, axis = plt.subplots(figsize=(9, 1.2 + 0.36 * len(methods)), layout="constrained")
+    for k, (method, colour) in enumerate(colours(methods).items()):
+        success = solved([row for row in runs if row["method"] == method]).mean(axis=1)
+        offsets = np.linspace(-0.25, 0.25, len(success)) if len(success) > 1 else [0.0]
+        axis.scatter(success, k + np.array(offsets), s=14, color=colour, alpha=0.6)
+        if len(success) > 1:
+            axis.plot(interval(interquartile_mean, success), [k, k], color=colour, linewidth=5, alpha=0.4)
+            axis.plot(interquartile_mean(success), k, "|", color=colour, markersize=16, markeredgewidth=3)
+    axis.set(xlim=(-0.02, 1.02), yticks=range(len(methods)), yticklabels=methods)
+    axis.set_xlabel("success on test episodes: runs, interquartile mean with 95 % interval")
+    axis.invert_yaxis()
+    axis.grid(alpha=0.3, axis="x")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main(args: Args) -> int:
+    """Run what is missing and write the results; returns how many runs failed."""
+    suite, cores = SUITES[args.suite], args.cores_per_run
+    episodes, seeds = args.episodes or suite.episodes, args.seeds or suite.seeds
+    runs, curves = read_rows(args.suite)
+    runs = [row for row in runs if suite.methods.get(row["method"]) == row["command"]]  # of an earlier suite
+    done = {(row["method"], row["seed"]) for row in runs if row["episodes"] == str(episodes)}
     matrix = [
         (method, command, seed)
-        for seed in range(1, args.seeds + 1)
-        for method, command in SUITES[args.suite].items()
-        if args.only in method and (method, command, str(seed)) not in done
+        for seed in range(1, seeds + 1)
+        for method, command in suite.methods.items()
+        if args.only in method and (method, str(seed)) not in done and (seed == 1 or "eval.py" not in command)
     ]
     if args.dry_run:
-        print("\n".join(f"python {command} --seed {seed}" for _, command, seed in matrix))
-        return
-    runs_path.parent.mkdir(exist_ok=True)
+        for job in matrix:
+            print("\n".join(f"python {shlex.join(line)}" for line in commands(*job, episodes, cores)))
+        return 0
+    try:
+        import submitit
+    except ImportError:
+        fail("reproduce.py hands its runs to submitit: pip install submitit==1.5.4")
+    RESULTS.mkdir(exist_ok=True)
     git = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    order = list(SUITES[args.suite])
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for future in [pool.submit(run, *job, args.episodes, commit, args.jobs == 1) for job in matrix]:
-            row, curve = future.result()
-            runs, curves = [*runs, row], [*curves, *curve]
-            for rows in (runs, curves):
-                rows.sort(key=lambda r: (order.index(r["method"]), int(r["seed"])))
-            write_rows(curves_path, CURVE_COLUMNS, curves)
-            write_rows(runs_path, RUN_COLUMNS, runs)
-            print(f"{row['method']}, seed {row['seed']}: {100 * row['success']:.1f} %", flush=True)
-    table = format_markdown(runs)
-    print(table)
-    (runs_path.parent / f"{args.suite}.md").write_text(table)
-    plot(runs, curves, runs_path.parent / f"{args.suite}.png")
+
+    executor = submitit.AutoExecutor("runs/submitit", cluster=args.executor)
+    executor.update_parameters(timeout_min=args.timeout_min, cpus_per_task=cores, name=f"paper_square_{args.suite}")
+    if args.slurm_partition:
+        executor.update_parameters(slurm_partition=args.slurm_partition)
+    at_once = len(matrix) if args.executor == "slurm" else max(1, available_cores() // cores)
+    start, waiting, running, failures = time.perf_counter(), list(matrix), {}, 0
+    print(f"{len(matrix)} runs, {min(at_once, len(matrix))} side by side, {len(runs)} done before", flush=True)
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                key = waiting.pop(0)
+                running[key] = executor.submit(run, *key, episodes, cores)
+            time.sleep(0.5)
+            for key in [key for key, job in running.items() if job.done()]:
+                method, command, seed = key
+                job = running.pop(key)
+                if job.exception() is not None:
+                    failures += 1
+                    print(f"{method}, seed {seed} FAILED: {job.exception()}", file=sys.stderr, flush=True)
+                    continue
+                row, curve = job.result()
+                row |= {"method": method, "command": command, "seed": seed, "commit": commit}
+                row |= {"cores": cores, "side_by_side": min(at_once, len(matrix))}
+                row, *curve = (
+                    {name: "" if cell is None else str(cell) for name, cell in cells.items()}
+                    for cells in (row, *({"method": method, "seed": seed} | point for point in curve))
+                )
+                runs = [other for other in runs if (other["method"], other["seed"]) != (method, str(seed))]
+                curves = [point for row_ in runs for point in of_run(row_, curves)] + curve
+                runs.append(row | {"checksum": checksum(row, curve)})
+                write_rows(args.suite, runs, curves)
+                minutes = (time.perf_counter() - start) / 60
+                success = percent(solved([row])[0].mean())
+                print(f"{minutes:5.1f} min: {method}, seed {seed}: {success} %", flush=True)
+    finally:
+        for job in running.values():
+            job.cancel()
+    runs, curves = read_rows(args.suite)  # in their order
+    if runs:
+        print(format_suite(args.suite, runs, curves))
+        (RESULTS / "table.md").write_text(format_everything())
+        plot_curves(runs, curves, RESULTS / f"{args.suite}_curves.png")
+        plot_success(runs, RESULTS / f"{args.suite}_success.png")
+    return failures
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    if args.suite not in SUITES or min(args.seeds, args.jobs, args.episodes) < 1:
-        fail(f"--suite must be one of {', '.join(SUITES)}, and --seeds, --jobs and --episodes at least 1")
-    main(args)
+    if args.suite not in SUITES:
+        fail(f"--suite must be one of {', '.join(SUITES)}, found {args.suite!r}")
+    if min(args.seeds, args.episodes) < 0 or min(args.cores_per_run, args.timeout_min) < 1:
+        fail("--seeds and --episodes must not be negative, --cores-per-run and --timeout-min at least 1")
+    if args.executor == "local" and args.cores_per_run > available_cores():
+        fail(f"--cores-per-run must not exceed the {available_cores()} cores of this machine")
+    if not any(args.only in method for method in SUITES[args.suite].methods):
+        fail(f"--only must be part of a method's name: {', '.join(SUITES[args.suite].methods)}")
+    sys.exit(1 if main(args) else 0)

@@ -607,54 +607,6 @@ def test_every_flag_has_help(name):
             assert isinstance(help_text, ast.Expr) and len(help_text.value.value) > 5, field.target.id
 
 
-# reproduce.py
-
-
-@pytest.mark.parametrize("suite", reproduce.SUITES)
-def test_reproduce_runs_commands_that_parse(suite):
-    for command in reproduce.SUITES[suite].values():
-        name, *flags = shlex.split(command)
-        tyro.cli(SCRIPTS[name], args=flags)
-
-
-def test_reproduce_resumes_and_tabulates(monkeypatch, tmp_path, capsys):
-    commands = {"PPO, tiny": f"ppo.py {TINY['ppo.py']}", "residual": f"ppo_residual.py {TINY['ppo_residual.py']}"}
-    monkeypatch.setattr(reproduce, "SUITES", {"tiny": commands})
-    monkeypatch.chdir(tmp_path)
-    args = reproduce.Args(suite="tiny", seeds=1, episodes=2)
-    reproduce.main(args)
-    runs, curves = (reproduce.read_rows(Path("results", f"tiny_{kind}.csv")) for kind in ("runs", "curves"))
-    assert [row["method"] for row in runs] == list(commands)
-    assert [row["base_success"] == "" for row in runs] == [True, False]  # pure RL has none
-    assert [(row["method"], row["step"]) for row in curves] == [
-        (name, step) for name in commands for step in ("0", "32")
-    ]
-    folders = set(tmp_path.glob("runs/*"))
-    args.seeds, args.jobs = 2, 2
-    reproduce.main(args)
-    assert len(set(tmp_path.glob("runs/*")) - folders) == 2  # the second seed's runs alone
-    runs = reproduce.read_rows(Path("results", "tiny_runs.csv"))
-    assert [(row["method"], row["seed"]) for row in runs] == [(name, seed) for name in commands for seed in "12"]
-    assert [row["seconds"] == "" for row in runs] == [False, True] * 2  # two runs side by side are not timed
-    assert Path("results", "tiny.md").read_text() == reproduce.format_markdown(runs)
-    assert Path("results", "tiny.png").stat().st_size > 5000
-
-
-def test_a_failed_run_is_an_error(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(RuntimeError, match="alpha must lie in"):
-        reproduce.run("bad", "ppo_residual.py --alpha 2", 1, 1, "", True)
-
-
-@pytest.mark.parametrize("suite", reproduce.SUITES)
-def test_tables_are_those_of_the_measurements(suite):
-    runs = reproduce.read_rows(ROOT / "results" / f"{suite}_runs.csv")
-    assert {(row["method"], row["command"]) for row in runs} == set(reproduce.SUITES[suite].items())
-    table = reproduce.format_markdown(runs)
-    assert (ROOT / "results" / f"{suite}.md").read_text() == table
-    assert table in (ROOT / "README.md").read_text()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "steps"), [("ppo_residual.py", 100_000), ("sac_residual.py", 40_000)])
 def test_the_residual_learns_to_beat_its_base(name, steps, monkeypatch, tmp_path):
