@@ -31,6 +31,7 @@ TINY_SUITE = Suite({"base": "eval.py --policy jacobian", "PPO, tiny": f"ppo.py {
 def tiny(monkeypatch, tmp_path):
     """A suite of one base and one short training, and an empty folder to run it in."""
     monkeypatch.setattr(reproduce, "SUITES", {"tiny": TINY_SUITE})
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # submitit's jobs import reproduce
     monkeypatch.chdir(tmp_path)
     return tmp_path / "results" / "tiny_runs.csv"
 
@@ -144,6 +145,7 @@ def test_bad_flags_end_with_one_line(flags, tmp_path):
 
 
 def test_the_quick_suite_end_to_end(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)
     assert reproduce.main(reproduce.Args(suite="quick")) == 0
     runs, curves = reproduce.read_rows("quick")
@@ -206,16 +208,18 @@ def test_other_commands_or_episodes_are_run_again(tiny, monkeypatch):
     assert [row["command"] for row in runs] == list(suite.methods.values()) and len(curves) == 2
     reproduce.main(reproduce.Args(suite="tiny", episodes=3, only="base"))
     assert [row["episodes"] for row in reproduce.read_rows("tiny")[0]] == ["3", "2"]
+    assert "| judged by other episodes |" in Path("results", "table.md").read_text()
 
 
 def test_killed_at_any_moment_it_resumes(tmp_path):
     code = f"""
-import sys; sys.path.insert(0, {str(ROOT)!r}); sys.path.insert(0, {str(ROOT / "tests")!r})
+import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
 import reproduce, test_reproduce
 reproduce.SUITES = {{"tiny": test_reproduce.TINY_SUITE}}
 reproduce.main(reproduce.Args(suite="tiny"))
 """
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, start_new_session=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, start_new_session=True, env=environment)
     path = tmp_path / "results" / "tiny_runs.csv"
     while not path.is_file() and process.poll() is None:
         time.sleep(0.05)
@@ -223,7 +227,7 @@ reproduce.main(reproduce.Args(suite="tiny"))
     process.wait()
     saved = path.read_text()
     assert 1 <= len(saved.splitlines()) - 1 < 3
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
     lines = path.read_text().splitlines()
     assert len(lines) == 4 and len({tuple(line.split(",")[:4]) for line in lines}) == 4
     assert set(saved.splitlines()) <= set(lines)  # what was there has not been run again
