@@ -6,9 +6,9 @@
     python reproduce.py --suite paper --executor slurm --slurm-partition gpu
     python reproduce.py --suite paper --dry-run    # the commands, and nothing else
 
-Each run is judged by its last checkpoint, on held-out test episodes. Runs that are whole in results/ are not repeated.
-Writes results/SUITE_runs.csv (a row per run), results/SUITE_curves.csv (a row per evaluation during a training),
-results/SUITE_curves.png, results/SUITE_success.png, and results/table.md (all suites).
+Each run is judged by its last checkpoint, on held-out test episodes. Writes results/SUITE_runs.csv (a row per run),
+SUITE_curves.csv (a row per evaluation during a training), SUITE_curves.png, SUITE_success.png, and table.md, of all
+suites. Runs that are whole in there are not repeated: to measure all of it anew, choose another --output-dir.
 """
 
 import csv
@@ -17,10 +17,12 @@ import os
 import platform
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +35,6 @@ from scipy.stats import binomtest, bootstrap, mannwhitneyu, trim_mean
 from eval import fail
 
 ROOT = Path(__file__).resolve().parent
-RESULTS = Path("results")
 PURE_RL = "ppo.py --num-envs 64 --minibatch-size 512 --total-timesteps 1000000 --reach-weight -1"
 SHORT_PPO = "ppo_residual.py --total-timesteps 100000"  # stopped where differences are largest
 SHORT_SAC = "sac_residual.py --total-timesteps 20000 --eval-freq 10000"
@@ -162,6 +163,8 @@ class Args:
     """partition of the cluster"""
     timeout_min: int = 240
     """longest that a run may take, minutes"""
+    output_dir: str = "results"
+    """folder of the results; the project's own are in results, and what is there is not run again"""
     dry_run: bool = False
     """print the commands and run nothing"""
 
@@ -236,11 +239,11 @@ def of_run(row: dict, curves: list[dict]) -> list[dict]:
     return [point for point in curves if (point["method"], point["seed"]) == (row["method"], row["seed"])]
 
 
-def read_rows(suite: str) -> tuple[list[dict], list[dict]]:
+def read_rows(suite: str, folder: Path) -> tuple[list[dict], list[dict]]:
     """The rows of a suite's runs and of their curves, all cells as text; damaged ones are left out, and said so."""
     runs, curves = [], []
     for kind, rows in (("runs", runs), ("curves", curves)):
-        path = RESULTS / f"{suite}_{kind}.csv"
+        path = folder / f"{suite}_{kind}.csv"
         if path.is_file():
             with path.open(newline="", encoding="utf-8", errors="replace") as file:
                 rows.extend(csv.DictReader((line.replace("\0", "") for line in file), restval=""))
@@ -251,11 +254,11 @@ def read_rows(suite: str) -> tuple[list[dict], list[dict]]:
     return whole, [point for row in whole for point in of_run(row, curves)]
 
 
-def write_rows(suite: str, runs: list[dict], curves: list[dict]) -> None:
+def write_rows(suite: str, runs: list[dict], curves: list[dict], folder: Path) -> None:
     """Write both files, each whole or not at all; the runs last, so that none of them lacks its curve."""
     order = list(SUITES[suite].methods)
     for kind, columns, rows in (("curves", CURVE_COLUMNS, curves), ("runs", RUN_COLUMNS, runs)):
-        path = RESULTS / f"{suite}_{kind}.csv"
+        path = folder / f"{suite}_{kind}.csv"
         with path.with_suffix(".tmp").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
@@ -354,9 +357,10 @@ def format_suite(suite: str, runs: list[dict], curves: list[dict]) -> str:
     return "\n".join([head, format_methods(runs, curves), format_comparisons(runs, SUITES[suite].references)])
 
 
-def format_everything() -> str:
-    """results/table.md, from the CSV files of all suites that have any."""
-    sections = [format_suite(suite, *read_rows(suite)) for suite in SUITES if (RESULTS / f"{suite}_runs.csv").is_file()]
+def format_everything(folder: Path) -> str:
+    """The text of table.md, from the CSV files of all suites that have any."""
+    suites = [suite for suite in SUITES if (folder / f"{suite}_runs.csv").is_file()]
+    sections = [format_suite(suite, *read_rows(suite, folder)) for suite in suites]
     legend = "Success in %, with 95 % intervals in brackets; definitions in the README.\n"
     return "\n".join(["# Results\n", legend, *sections])
 
@@ -426,12 +430,42 @@ def plot_success(runs: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def current_commit() -> str:
+    """Short hash of the project's commit, with -dirty if a script or a model is not as committed."""
+
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "assets/*.xml")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
+
+
+def as_they_end(executor, matrix: list[tuple], at_once: int, *arguments) -> Iterator[tuple]:
+    """Submit `run` for every (method, command, seed); yields them with their jobs, which are cancelled if this ends."""
+    waiting, running = list(matrix), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                running[waiting[0]] = executor.submit(run, *waiting.pop(0), *arguments)
+            for key in [key for key, job in running.items() if job.done()]:
+                yield *key, running.pop(key)
+            time.sleep(0.5)
+    finally:
+        for job in running.values():
+            job.cancel()
+
+
 def main(args: Args) -> int:
     """Run what is missing and write the results; returns how many runs failed."""
-    suite, cores = SUITES[args.suite], args.cores_per_run
+    suite, cores, folder = SUITES[args.suite], args.cores_per_run, Path(args.output_dir)
     episodes, seeds = args.episodes or suite.episodes, args.seeds or suite.seeds
-    runs, curves = read_rows(args.suite)
-    runs = [row for row in runs if suite.methods.get(row["method"]) == row["command"]]  # of an earlier suite
+    runs, curves = read_rows(args.suite, folder)
+    runs = [row for row in runs if suite.methods.get(row["method"]) == row["command"]]  # not of an earlier suite
     done = {(row["method"], row["seed"]) for row in runs if row["episodes"] == str(episodes)}
     matrix = [
         (method, command, seed)
@@ -447,59 +481,39 @@ def main(args: Args) -> int:
         import submitit
     except ImportError:
         fail("reproduce.py hands its runs to submitit: pip install submitit==1.5.4")
-    RESULTS.mkdir(exist_ok=True)
-    git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
+    folder.mkdir(parents=True, exist_ok=True)
     executor = submitit.AutoExecutor("runs/submitit", cluster=args.executor)
     executor.update_parameters(timeout_min=args.timeout_min, cpus_per_task=cores, name=f"paper_square_{args.suite}")
     if args.slurm_partition:
         executor.update_parameters(slurm_partition=args.slurm_partition)
-    at_once = len(matrix) if args.executor == "slurm" else max(1, available_cores() // cores)
-    start, waiting, running, failures = time.perf_counter(), list(matrix), {}, 0
-    print(f"{len(matrix)} runs, {min(at_once, len(matrix))} side by side, {len(runs)} done before", flush=True)
-    try:
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                key = waiting.pop(0)
-                running[key] = executor.submit(run, *key, episodes, cores)
-            time.sleep(0.5)
-            for key in [key for key, job in running.items() if job.done()]:
-                method, command, seed = key
-                job = running.pop(key)
-                if job.exception() is not None:
-                    failures += 1
-                    print(f"{method}, seed {seed} FAILED: {job.exception()}", file=sys.stderr, flush=True)
-                    continue
-                row, curve = job.result()
-                row |= {"method": method, "command": command, "seed": seed, "commit": commit}
-                row |= {"cores": cores, "side_by_side": min(at_once, len(matrix))}
-                row, *curve = (
-                    {name: "" if cell is None else str(cell) for name, cell in cells.items()}
-                    for cells in (row, *({"method": method, "seed": seed} | point for point in curve))
-                )
-                runs = [other for other in runs if (other["method"], other["seed"]) != (method, str(seed))]
-                curves = [point for row_ in runs for point in of_run(row_, curves)] + curve
-                runs.append(row | {"checksum": checksum(row, curve)})
-                write_rows(args.suite, runs, curves)
-                minutes = (time.perf_counter() - start) / 60
-                success = percent(solved([row])[0].mean())
-                print(f"{minutes:5.1f} min: {method}, seed {seed}: {success} %", flush=True)
-    finally:
-        for job in running.values():
-            job.cancel()
-    runs, curves = read_rows(args.suite)  # in their order
+    at_once = available_cores() // cores if args.executor == "local" else len(matrix)  # a cluster has its own queue
+    facts = {"commit": current_commit(), "cores": cores, "side_by_side": min(at_once, len(matrix))}
+    start, failures = time.perf_counter(), 0
+    print(f"{len(matrix)} runs, {facts['side_by_side']} side by side; {len(done)} done before", flush=True)
+    for method, command, seed, job in as_they_end(executor, matrix, at_once, episodes, cores):
+        minutes = f"{(time.perf_counter() - start) / 60:5.1f} min: {method}, seed {seed}"
+        if job.exception() is not None:
+            failures += 1
+            print(f"{minutes} FAILED: {job.exception()}", file=sys.stderr, flush=True)
+            continue
+        row, curve = job.result()
+        row |= {"method": method, "command": command, "seed": seed, **facts}
+        row, *curve = (
+            {name: "" if cell is None else str(cell) for name, cell in cells.items()}
+            for cells in (row, *({"method": method, "seed": seed, **point} for point in curve))
+        )
+        runs = [other for other in runs if (other["method"], other["seed"]) != (method, row["seed"])]
+        curves = [point for other in runs for point in of_run(other, curves)] + curve
+        runs.append(row | {"checksum": checksum(row, curve)})
+        write_rows(args.suite, runs, curves, folder)
+        print(f"{minutes}: {percent(solved([row]).mean())} %", flush=True)
+    runs, curves = read_rows(args.suite, folder)  # in their order
     if runs:
         print(format_suite(args.suite, runs, curves))
-        (RESULTS / "table.md").write_text(format_everything())
-        plot_curves(runs, curves, RESULTS / f"{args.suite}_curves.png")
-        plot_success(runs, RESULTS / f"{args.suite}_success.png")
+        (folder / "table.md").write_text(format_everything(folder))
+        plot_curves(runs, curves, folder / f"{args.suite}_curves.png")
+        plot_success(runs, folder / f"{args.suite}_success.png")
     return failures
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 if __name__ == "__main__":
@@ -512,4 +526,8 @@ if __name__ == "__main__":
         fail(f"--cores-per-run must not exceed the {available_cores()} cores of this machine")
     if not any(args.only in method for method in SUITES[args.suite].methods):
         fail(f"--only must be part of a method's name: {', '.join(SUITES[args.suite].methods)}")
-    sys.exit(1 if main(args) else 0)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # either way, the runs under way end too
+    try:
+        sys.exit(1 if main(args) else 0)
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")

@@ -148,7 +148,7 @@ def test_the_quick_suite_end_to_end(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)
     assert reproduce.main(reproduce.Args(suite="quick")) == 0
-    runs, curves = reproduce.read_rows("quick")
+    runs, curves = reproduce.read_rows("quick", Path("results"))
     methods = reproduce.SUITES["quick"].methods
     assert [(row["method"], row["seed"]) for row in runs] == [
         (method, str(seed)) for method in methods for seed in ((1,) if "base" in method else (1, 2))
@@ -184,19 +184,19 @@ def test_what_is_whole_is_not_run_again_and_what_is_damaged_is(tiny, capfd):
     }
     for name, text in damages.items():
         tiny.write_text(text)
-        runs, _ = reproduce.read_rows("tiny")
+        runs, _ = reproduce.read_rows("tiny", Path("results"))
         assert len(runs) == (3 if name == "no line end" else 2), name
     tiny.write_text(before[:-30])
     capfd.readouterr()
     reproduce.main(reproduce.Args(suite="tiny"))
     assert "1 of 3 rows are damaged" in capfd.readouterr().err
-    after, curves = reproduce.read_rows("tiny")
+    after, curves = reproduce.read_rows("tiny", Path("results"))
     assert [(row["method"], row["seed"]) for row in after] == [("base", "1"), ("PPO, tiny", "1"), ("PPO, tiny", "2")]
     assert len(run_folders()) == 3 and len(curves) == 4
     # a curve belongs to its run
     curves_path = tiny.with_name("tiny_curves.csv")
     curves_path.write_text(curves_path.read_text().replace(",32,", ",31,", 1))
-    assert len(reproduce.read_rows("tiny")[0]) == 2
+    assert len(reproduce.read_rows("tiny", Path("results"))[0]) == 2
 
 
 def test_other_commands_or_episodes_are_run_again(tiny, monkeypatch):
@@ -204,10 +204,10 @@ def test_other_commands_or_episodes_are_run_again(tiny, monkeypatch):
     suite = Suite(TINY_SUITE.methods | {"PPO, tiny": f"ppo.py {TINY} --gamma 0.9"}, ("base",), 1, 2)
     monkeypatch.setattr(reproduce, "SUITES", {"tiny": suite})
     reproduce.main(reproduce.Args(suite="tiny"))
-    runs, curves = reproduce.read_rows("tiny")
+    runs, curves = reproduce.read_rows("tiny", Path("results"))
     assert [row["command"] for row in runs] == list(suite.methods.values()) and len(curves) == 2
     reproduce.main(reproduce.Args(suite="tiny", episodes=3, only="base"))
-    assert [row["episodes"] for row in reproduce.read_rows("tiny")[0]] == ["3", "2"]
+    assert [row["episodes"] for row in reproduce.read_rows("tiny", Path("results"))[0]] == ["3", "2"]
     assert "| judged by other episodes |" in Path("results", "table.md").read_text()
 
 
@@ -233,12 +233,28 @@ reproduce.main(reproduce.Args(suite="tiny"))
     assert set(saved.splitlines()) <= set(lines)  # what was there has not been run again
 
 
+def test_stopped_it_takes_its_runs_along(tmp_path):
+    command = [sys.executable, str(ROOT / "reproduce.py"), "--suite", "quick"]
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("runs/pure_RL*")) and process.poll() is None:
+        time.sleep(0.05)
+    process.terminate()
+    assert "goes on from here" in process.communicate()[1] and process.returncode == 1
+    for _ in range(200):
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:  # nobody of the group is left
+            return
+        time.sleep(0.1)
+    pytest.fail("its runs go on")
+
+
 def test_a_failed_run_is_told_and_the_others_go_on(tiny, monkeypatch, capfd):
     suite = Suite({"bad": "ppo_residual.py --alpha 2", **TINY_SUITE.methods}, ("base",), 1, 2)
     monkeypatch.setattr(reproduce, "SUITES", {"tiny": suite})
     assert reproduce.main(reproduce.Args(suite="tiny")) == 1
     assert "alpha must lie in" in capfd.readouterr().err
-    assert [row["method"] for row in reproduce.read_rows("tiny")[0]] == ["base", "PPO, tiny"]
+    assert [row["method"] for row in reproduce.read_rows("tiny", Path("results"))[0]] == ["base", "PPO, tiny"]
 
 
 def test_without_submitit_it_says_what_to_install(tiny, monkeypatch, capfd):
@@ -254,7 +270,7 @@ def test_without_submitit_it_says_what_to_install(tiny, monkeypatch, capfd):
 def test_tables_are_those_of_the_measurements(monkeypatch):
     monkeypatch.chdir(ROOT)
     table = Path("results", "table.md").read_text()
-    assert table == reproduce.format_everything()
+    assert table == reproduce.format_everything(Path("results"))
     shown = re.findall(r"^\|.*(?:points|interquartile).*\n(?:\|.*\n)+", Path("README.md").read_text(), re.MULTILINE)
     assert len(shown) >= 2
     for rows in shown:
@@ -264,7 +280,7 @@ def test_tables_are_those_of_the_measurements(monkeypatch):
 @pytest.mark.parametrize("suite", [suite for suite in reproduce.SUITES if suite != "quick"])
 def test_committed_rows_are_whole_and_complete(suite, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
-    runs, _ = reproduce.read_rows(suite)
+    runs, _ = reproduce.read_rows(suite, Path("results"))
     assert "damaged" not in capfd.readouterr().err
     for method, command in reproduce.SUITES[suite].methods.items():
         rows = [row for row in runs if row["method"] == method]
