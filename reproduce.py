@@ -451,7 +451,8 @@ def as_they_end(executor, matrix: list[tuple], at_once: int, *arguments) -> Iter
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
-                running[waiting[0]] = executor.submit(run, *waiting.pop(0), *arguments)
+                key = waiting.pop(0)
+                running[key] = executor.submit(run, *key, *arguments)
             for key in [key for key, job in running.items() if job.done()]:
                 yield *key, running.pop(key)
             time.sleep(0.5)
@@ -481,8 +482,11 @@ def main(args: Args) -> int:
         import submitit
     except ImportError:
         fail("reproduce.py hands its runs to submitit: pip install submitit==1.5.4")
-    folder.mkdir(parents=True, exist_ok=True)
-    executor = submitit.AutoExecutor("runs/submitit", cluster=args.executor)
+    try:
+        executor = submitit.AutoExecutor("runs/submitit", cluster=args.executor)
+        folder.mkdir(parents=True, exist_ok=True)
+    except (RuntimeError, OSError) as error:  # no SLURM here, or no right to write here
+        fail(str(error))
     executor.update_parameters(timeout_min=args.timeout_min, cpus_per_task=cores, name=f"paper_square_{args.suite}")
     if args.slurm_partition:
         executor.update_parameters(slurm_partition=args.slurm_partition)

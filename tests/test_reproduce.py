@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -255,6 +256,46 @@ def test_a_failed_run_is_told_and_the_others_go_on(tiny, monkeypatch, capfd):
     assert reproduce.main(reproduce.Args(suite="tiny")) == 1
     assert "alpha must lie in" in capfd.readouterr().err
     assert [row["method"] for row in reproduce.read_rows("tiny", Path("results"))[0]] == ["base", "PPO, tiny"]
+
+
+FAKE_SLURM = {  # runs each batch file here and now
+    "sbatch": """cat "$1" >> sbatch.txt
+SLURM_JOB_ID=$$ SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0 \\
+    bash "$1" > /dev/null 2>&1 &
+echo "Submitted batch job $$"
+""",
+    "srun": """while :; do case "$1" in --unbuffered) shift ;; --*) shift 2 ;; *) break ;; esac; done
+exec "$@"
+""",
+    "sacct": """echo "JobID|State|NodeList"
+""",
+}
+
+
+def test_the_same_matrix_goes_to_slurm(tiny, monkeypatch):
+    folder = tiny.parent.parent / "bin"
+    folder.mkdir()
+    for name, text in FAKE_SLURM.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    args = reproduce.Args(suite="tiny", executor="slurm", slurm_partition="gpu", cores_per_run=2, timeout_min=7)
+    assert reproduce.main(args) == 0
+    runs, curves = reproduce.read_rows("tiny", Path("results"))
+    assert [(row["method"], row["seed"]) for row in runs] == [("base", "1"), ("PPO, tiny", "1"), ("PPO, tiny", "2")]
+    assert {(row["cores"], row["side_by_side"]) for row in runs} == {("2", "3")} and len(curves) == 4
+    for flag in ("--partition=gpu", "--cpus-per-task=2", "--time=7"):
+        assert Path("sbatch.txt").read_text().count(f"#SBATCH {flag}\n") == 3
+
+
+@pytest.mark.skipif(shutil.which("srun") is not None, reason="this is a cluster")
+def test_without_slurm_or_a_place_to_write_it_says_so(tiny, capfd):
+    tiny.parent.write_text("a file where a folder should be")
+    for args in (reproduce.Args(suite="tiny", executor="slurm"), reproduce.Args(suite="tiny")):
+        with pytest.raises(SystemExit) as end:
+            reproduce.main(args)
+        error = capfd.readouterr().err
+        assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
 
 
 def test_without_submitit_it_says_what_to_install(tiny, monkeypatch, capfd):
