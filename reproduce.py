@@ -474,6 +474,19 @@ def main(args: Args) -> int:
         for method, command in suite.methods.items()
         if args.only in method and (method, str(seed)) not in done and (seed == 1 or "eval.py" not in command)
     ]
+
+    def keep(row, curve):
+        """Add a run and its curve, or replace what was there, and write everything."""
+        key = {"method": row["method"], "seed": row["seed"]}
+        row, *curve = (
+            {name: "" if cell is None else str(cell) for name, cell in cells.items()}
+            for cells in (row, *(point | key for point in curve))
+        )
+        runs[:] = [other for other in runs if (other["method"], other["seed"]) != (row["method"], row["seed"])]
+        curves[:] = [point for other in runs for point in of_run(other, curves)] + curve
+        runs.append(row | {"checksum": checksum(row, curve)})
+        write_rows(args.suite, runs, curves, folder)
+
     if args.dry_run:
         for job in matrix:
             print("\n".join(f"python {shlex.join(line)}" for line in commands(*job, episodes, cores)))
@@ -491,6 +504,14 @@ def main(args: Args) -> int:
     if args.slurm_partition:
         executor.update_parameters(slurm_partition=args.slurm_partition)
     at_once = available_cores() // cores if args.executor == "local" else len(matrix)  # a cluster has its own queue
+    for other in (name for name in SUITES if name != args.suite):  # the same run may stand in another suite
+        rows, points = read_rows(other, folder)
+        for key in list(matrix):
+            method, command, seed = key
+            wanted = {"command": command, "seed": str(seed), "episodes": str(episodes)}.items()
+            for row in (row for row in rows if key in matrix and wanted <= row.items()):
+                keep(row | {"method": method}, of_run(row, points))
+                matrix.remove(key)
     facts = {"commit": current_commit(), "cores": cores, "side_by_side": min(at_once, len(matrix))}
     start, failures = time.perf_counter(), 0
     print(f"{len(matrix)} runs, {facts['side_by_side']} side by side; {len(done)} done before", flush=True)
@@ -501,15 +522,7 @@ def main(args: Args) -> int:
             print(f"{minutes} FAILED: {job.exception()}", file=sys.stderr, flush=True)
             continue
         row, curve = job.result()
-        row |= {"method": method, "command": command, "seed": seed, **facts}
-        row, *curve = (
-            {name: "" if cell is None else str(cell) for name, cell in cells.items()}
-            for cells in (row, *({"method": method, "seed": seed, **point} for point in curve))
-        )
-        runs = [other for other in runs if (other["method"], other["seed"]) != (method, row["seed"])]
-        curves = [point for other in runs for point in of_run(other, curves)] + curve
-        runs.append(row | {"checksum": checksum(row, curve)})
-        write_rows(args.suite, runs, curves, folder)
+        keep(row | {"method": method, "command": command, "seed": seed, **facts}, curve)
         print(f"{minutes}: {percent(solved([row]).mean())} %", flush=True)
     runs, curves = read_rows(args.suite, folder)  # in their order
     if runs:

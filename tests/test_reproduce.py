@@ -212,6 +212,18 @@ def test_other_commands_or_episodes_are_run_again(tiny, monkeypatch):
     assert "| judged by other episodes |" in Path("results", "table.md").read_text()
 
 
+def test_a_run_of_another_suite_is_not_repeated(tiny, monkeypatch):
+    other = Suite({"alone": "eval.py --policy zero", "the same": TINY_SUITE.methods["PPO, tiny"]}, ("alone",), 2, 2)
+    monkeypatch.setattr(reproduce, "SUITES", {"tiny": TINY_SUITE, "other": other})
+    reproduce.main(reproduce.Args(suite="tiny", seeds=1))
+    first = run_folders()
+    reproduce.main(reproduce.Args(suite="other", seeds=1))
+    assert run_folders() == first and len(list(Path("runs").glob("alone"))) == 1
+    theirs, ours = (reproduce.read_rows(suite, Path("results")) for suite in ("tiny", "other"))
+    own = {"method": "the same", "checksum": ours[0][1]["checksum"]}
+    assert ours[0][1] == theirs[0][1] | own and ours[1] == [point | {"method": "the same"} for point in theirs[1]]
+
+
 def test_killed_at_any_moment_it_resumes(tmp_path):
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
