@@ -45,12 +45,12 @@ STILL = 0.001  # m, a sheet that moved no farther was never touched
 APPROACH_STEPS, APPROACH = 30, 0.005  # a sheet that came so much closer, m, in the last second was on its way
 
 SWEEPS = {  # name: what is varied, and the range that policies are trained in by default
-    "friction": ("friction of the sheet's contacts, times nominal", 1.0, EnvArgs.randomize_friction),
-    "mass": ("mass of the sheet, times nominal", 1.0, EnvArgs.randomize_mass),
-    "xy": ("largest offset of the sheet's start in x and y, m", None, EnvArgs.randomize_xy),
-    "yaw": ("largest yaw of the sheet's start, rad", None, EnvArgs.randomize_yaw),
-    "noise": ("noise on the sheet's measured position, standard deviation, m", None, None),
-    "delay": ("delay of the actions, policy steps", None, None),
+    "friction": ("friction, times nominal", (1 - EnvArgs.randomize_friction, 1 + EnvArgs.randomize_friction)),
+    "mass": ("mass, times nominal", (1 - EnvArgs.randomize_mass, 1 + EnvArgs.randomize_mass)),
+    "xy": ("largest offset of the sheet's start in x and y, m", (0.0, EnvArgs.randomize_xy)),
+    "yaw": ("largest yaw of the sheet's start, rad", (0.0, EnvArgs.randomize_yaw)),
+    "noise": ("noise on the sheet's measured position, standard deviation, m", None),
+    "delay": ("delay of the actions, policy steps", None),
 }
 
 
@@ -157,11 +157,8 @@ class Disturbance:
         """What the policy sees of observations (num_envs, obs_dim): the sheet where a noisy camera has it."""
         if self.name != "noise":
             return obs
-        noise = np.stack([rng.normal(size=3) for rng in self.rngs]) * [
-            self.value,
-            self.value,
-            self.value / 0.1,
-        ]  # m, rad
+        scales = np.array([self.value, self.value, self.value / 0.1])  # m, m, rad: as if seen on a lever of 0.1 m
+        noise = scales * np.stack([rng.normal(size=3) for rng in self.rngs])
         sin, cos = to_si(obs)[:, OBS["sheet_yaw"]].T
         turn_sin, turn_cos = np.sin(noise[:, 2]), np.cos(noise[:, 2])
         change = np.zeros(obs.shape)  # SI units; rows of zeros stay as they are to the bit
@@ -175,7 +172,7 @@ class Disturbance:
         """The actions (num_envs, 6) that reach the arms."""
         if self.name != "delay":
             return actions
-        self.actions.append(actions)
+        self.actions.append(np.array(actions))
         late = np.where((self.age >= self.value)[:, None], self.actions[0], 0.0)
         self.age += 1
         return late
@@ -270,7 +267,7 @@ def room(yaw_error: np.ndarray, tape_half_size: float) -> np.ndarray:
     parallel to: the sheet fits if neither is exceeded. A negative first one: it does not fit, however well centred.
     """
     cos, sin = np.cos(yaw_error), np.sin(yaw_error)  # yaw_error in [0, pi / 4]
-    (long, short) = SHEET_HALF_SIZE
+    long, short = SHEET_HALF_SIZE
     return tape_half_size - np.stack([long * cos + short * sin, long * sin + short * cos], axis=-1)
 
 
@@ -293,9 +290,8 @@ def summarize(episodes: dict) -> dict:
     interval = binomtest(int(success.sum()), len(success)).proportion_ci(method="wilson")
     times = episodes["length"][success] / POLICY_HZ
     forces = episodes["forces"]
-    columns = {"seed": int, "success": bool, "return": float, "length": int, "final_distance_m": float}
-    columns |= {"final_yaw_error_rad": float, "failure": str}
-    rows = zip(*(episodes[name] for name in columns), strict=True)
+    columns = ("seed", "success", "return", "length", "final_distance_m", "final_yaw_error_rad", "failure")
+    rows = zip(*(episodes[name].tolist() for name in columns), strict=True)
     names, counts = np.unique(episodes["failure"][~success], return_counts=True)
     return {
         "success_rate": float(success.mean()),
@@ -307,9 +303,9 @@ def summarize(episodes: dict) -> dict:
         "mean_residual_norm": float(episodes["residual_norm"].mean()),
         "fingertip_force_n": {"median": float(np.median(forces)), "max": float(forces.max())} if len(forces) else None,
         "failures": {str(names[k]): int(counts[k]) for k in np.argsort(-counts, kind="stable")},
-        "residual_norm_by_step": [round(float(norm), 4) for norm in episodes["residual_norm_by_step"]],
+        "residual_norm_by_step": [round(norm, 4) for norm in episodes["residual_norm_by_step"].tolist()],
         "episodes": [
-            {name: kind(value) for (name, kind), value in zip(columns.items(), row, strict=True)} for row in rows
+            dict(zip(columns, (int(row[0]), bool(row[1]), row[2], int(row[3]), *row[4:]), strict=True)) for row in rows
         ],
     }
 
@@ -378,8 +374,8 @@ def load_checkpoint(path: str | Path) -> dict:
 def load_policies(args: Args) -> tuple[dict, dict]:
     """The policies that the flags ask for, by name, and the environment arguments of each."""
     policies, env_kwargs = {}, {}
-    overrides = {name: getattr(args, name) for name in ("tape_half_size", "randomize_xy", "randomize_yaw")}
-    overrides = {name: value for name, value in overrides.items() if value is not None}
+    asked = {name: getattr(args, name) for name in ("tape_half_size", "randomize_xy", "randomize_yaw")}
+    overrides = {name: value for name, value in asked.items() if value is not None}
     for path in args.model_path:
         checkpoint = load_checkpoint(path)
         script = importlib.import_module(checkpoint["script"])
@@ -462,18 +458,13 @@ def sweep_values(name: str, low: float, high: float, points: int) -> np.ndarray:
         close = difflib.get_close_matches(name, SWEEPS, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise ValueError(f"--sweep knows {', '.join(SWEEPS)}; found {name!r}{hint}")
-    least = 0.0 if SWEEPS[name][1] is None else np.nextafter(0.0, 1.0)  # a factor of zero is no physics
-    if not (np.isfinite([low, high]).all() and least <= low < high) or points < 2:
-        kind = "positive" if least else "not negative"
-        raise ValueError(
-            f"--sweep {name} LOW HIGH needs finite values with LOW < HIGH, {kind}; --sweep-points 2 or more"
-        )
+    least = "<" if name in ("friction", "mass") else "<="  # a factor of zero is no physics
+    if not (np.isfinite([low, high]).all() and 0 <= low < high and (low > 0 or least == "<=")):
+        raise ValueError(f"--sweep {name} LOW HIGH needs 0 {least} LOW < HIGH, found {low:g} and {high:g}")
     if name != "delay":
         return np.linspace(low, high, points)
     if np.floor(high) - np.ceil(low) < 1 or high > 400:
-        raise ValueError(
-            "--sweep delay LOW HIGH needs two whole numbers in the range, and none beyond an episode's 400"
-        )
+        raise ValueError("--sweep delay LOW HIGH needs at least two whole numbers in the range, up to an episode's 400")
     return np.unique(np.round(np.linspace(np.ceil(low), np.floor(high), points)).astype(int))
 
 
@@ -494,9 +485,8 @@ def format_sweep(sweep: dict) -> str:
     """Success in % as a table of plain text: a row per value, a column per policy."""
     lines = [[sweep["name"], *sweep["policies"]]]
     for k, value in enumerate(sweep["values"]):
-        lines.append(
-            [f"{value:.4g}", *(f"{100 * rows[k]['success_rate']:.1f} %" for rows in sweep["policies"].values())]
-        )
+        rates = [rows[k]["success_rate"] for rows in sweep["policies"].values()]
+        lines.append([f"{value:.4g}", *(f"{100 * rate:.1f} %" for rate in rates)])
     return align(lines)
 
 
@@ -511,10 +501,9 @@ def pyplot():
 def plot_sweep(sweep: dict, path: Path) -> None:
     """Success over the values of a sweep, with the 95 % intervals as bands."""
     plt = pyplot()
-    label, middle, width = SWEEPS[sweep["name"]]
+    label, trained = SWEEPS[sweep["name"]]
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    if width is not None:
-        trained = (0.0, width) if middle is None else (middle - width, middle + width)
+    if trained is not None:
         axis.axvspan(*trained, color="0.9", label="training range")
     for policy, rows in sweep["policies"].items():
         (line,) = axis.plot(sweep["values"], [100 * row["success_rate"] for row in rows], marker="o", label=policy)
@@ -545,17 +534,16 @@ def plot_results(results: dict[str, dict], path: Path, tape_half_size: float = E
         distances = [max(1000 * episode["final_distance_m"], 0.5) for episode in episodes]  # a log scale has no zero
         yaws = [np.degrees(episode["final_yaw_error_rad"]) for episode in episodes]
         finals.scatter(distances, yaws, s=8, color=f"C{k}", alpha=0.5)
-        norms.plot(
-            np.arange(1, len(row["residual_norm_by_step"]) + 1) / POLICY_HZ, row["residual_norm_by_step"], f"C{k}"
-        )
+        by_step = row["residual_norm_by_step"]
+        norms.plot(np.arange(1, len(by_step) + 1) / POLICY_HZ, by_step, color=f"C{k}")
     bars.set(xlabel="success, % (bar: 95 % interval)", xlim=(0, 122), xticks=range(0, 101, 20), yticks=[])
     bars.invert_yaxis()
     times.set(xlabel="time, s", ylabel="episodes solved by then, %", xlim=(0, None), ylim=(-3, 103))
 
     # Each side of the square bounds the offset along it; drawn for a sheet that is off along one of them only
     yaw = np.linspace(0, np.pi / 4, 2000)
-    yaw = yaw[room(yaw, tape_half_size)[:, 0] >= 0]
-    long, short = np.maximum(1000 * room(yaw, tape_half_size).T, 0.5)
+    yaw = yaw[room(yaw, tape_half_size)[:, 0] >= 0.0005]
+    long, short = 1000 * room(yaw, tape_half_size).T
     finals.plot(long, np.degrees(yaw), "k-", label="fits up to here, off along its length only")
     finals.plot(short, np.degrees(yaw), "k:", label="fits up to here, off across it only")
     finals.legend(loc="upper center", fontsize="small")
