@@ -517,7 +517,7 @@ def test_eval_writes_results_of_every_policy_on_the_same_episodes(monkeypatch, t
     for name, row in results["policies"].items():
         assert [episode["seed"] for episode in row["episodes"]] == [2_000_000, 2_000_001, 2_000_002]
         assert set(row["episodes"][0]) == {
-            "seed", "success", "return", "length", "final_distance_m", "final_yaw_error_rad"
+            "seed", "success", "return", "length", "final_distance_m", "final_yaw_error_rad", "failure"
         }  # fmt: skip
         assert f"\n{name} " in table
         assert row["success_rate"] == np.mean([episode["success"] for episode in row["episodes"]])
@@ -570,6 +570,7 @@ def test_summary_uses_the_wilson_interval():
     success = np.arange(100) < 30
     episodes = {name: np.ones(100) for name in ("return", "final_distance_m", "final_yaw_error_rad", "residual_norm")}
     episodes |= {"success": success, "length": np.where(success, 60, 400), "seed": np.arange(100)}
+    episodes |= {"failure": np.where(success, "", "turned"), "residual_norm_by_step": np.zeros(0)}
     row = evaluation.summarize({**episodes, "forces": np.array([1.0, 2.0, 9.0])})
     z, n, p = 1.959964, 100, 0.3
     centre, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
