@@ -664,6 +664,7 @@ if __name__ == "__main__":
     try:
         values = sweep_values(*args.sweep, args.sweep_points) if args.sweep else None
         policies, env_kwargs = load_policies(args)
+        env_kwargs = {name: {**kwargs, "num_threads": args.num_threads} for name, kwargs in env_kwargs.items()}
         if args.save_video:
             check_rendering()
         if not args.render:
@@ -681,8 +682,7 @@ if __name__ == "__main__":
 
     results = {}
     for name, policy in policies.items():
-        environment = {**env_kwargs[name], "num_threads": args.num_threads}
-        results[name] = summarize(play_episodes(policy, seeds, environment, args.num_envs, progress=name))
+        results[name] = summarize(play_episodes(policy, seeds, env_kwargs[name], args.num_envs, progress=name))
     print(format_table(results))
     everything = {"policies": results, "args": asdict(args)}
     if args.sweep:

@@ -32,7 +32,7 @@ import numpy as np
 import tyro
 from scipy.stats import binomtest, bootstrap, mannwhitneyu, trim_mean
 
-from eval import fail
+from eval import fail, pyplot
 
 ROOT = Path(__file__).resolve().parent
 PURE_RL = "ppo.py --num-envs 64 --minibatch-size 512 --total-timesteps 1000000 --reach-weight -1"
@@ -377,11 +377,7 @@ def colours(methods) -> dict[str, tuple]:
 
 def plot_curves(runs: list[dict], curves: list[dict], path: Path) -> None:
     """Success against steps: the mean over the seeds with its bootstrap band, and a thin line per seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(9, 4.6), layout="constrained")
     for method, colour in colours(list(dict.fromkeys(row["method"] for row in runs))).items():
         rows = [row for row in runs if row["method"] == method]
@@ -408,11 +404,7 @@ def plot_curves(runs: list[dict], curves: list[dict], path: Path) -> None:
 
 def plot_success(runs: list[dict], path: Path) -> None:
     """Success on the test episodes, by method: a dot per run, the interquartile mean and its interval."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     methods = list(dict.fromkeys(row["method"] for row in runs))
     figure, axis = plt.subplots(figsize=(9, 1.2 + 0.36 * len(methods)), layout="constrained")
     for k, (method, colour) in enumerate(colours(methods).items()):
