@@ -11,7 +11,7 @@ import pytest
 
 import eval as evaluation
 from base_policies import JacobianIKPolicy
-from env_paper_square import OBS, OBS_DIM, OBS_SCALE, SHEET_HALF_SIZE, PaperSquareVectorEnv, to_si
+from env_paper_square import OBS, OBS_DIM, SHEET_HALF_SIZE, PaperSquareVectorEnv, to_si
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = range(2_000_000, 2_000_003)
@@ -28,7 +28,7 @@ def run_eval(flags, monkeypatch, folder):
 
 @pytest.fixture
 def short_episodes(monkeypatch):
-    """Episodes of 40 steps; returns the environments that were made, as (arguments, environment)."""
+    """Episodes of 40 steps; the environments that were made, as (arguments, environment)."""
     made = []
 
     def make(*args, **kwargs):
@@ -133,6 +133,11 @@ def test_play_records_what_tells_failures_apart(monkeypatch):
         assert episodes["approach_m"][3] == pytest.approx(0.03, abs=0.001)
     row = evaluation.summarize(episodes)
     assert sum(row["failures"].values()) == 5 and row["episodes"][1]["failure"] == "turned"
+
+
+def test_an_arm_at_rest_never_touches_the_sheet(short_episodes):
+    episodes = evaluation.play_episodes(evaluation.make_base_policy("zero"), range(5), {}, num_envs=2)
+    assert set(episodes["failure"]) == {"never touched"}  # in the environments' later episodes too
 
 
 def test_failures_are_counted_and_tabulated():
@@ -258,7 +263,6 @@ def test_noise_moves_the_sheet_alone_and_consistently():
     np.testing.assert_allclose(np.linalg.norm(after[:, OBS["sheet_yaw"]], axis=1), 1.0, atol=1e-6)
     yaws = [np.arctan2(*state[:, OBS["sheet_yaw"]].T) for state in (before, after)]
     assert (yaws[1] - yaws[0]).std() == pytest.approx(0.04, rel=0.15)
-    assert OBS_SCALE.shape == (OBS_DIM,)
 
 
 # Overrides of the task
