@@ -241,14 +241,17 @@ def of_run(row: dict, curves: list[dict]) -> list[dict]:
 
 def read_rows(suite: str, folder: Path) -> tuple[list[dict], list[dict]]:
     """The rows of a suite's runs and of their curves, all cells as text; damaged ones are left out, and said so."""
-    runs, curves = [], []
-    for kind, rows in (("runs", runs), ("curves", curves)):
+
+    def read(kind, columns):
         path = folder / f"{suite}_{kind}.csv"
-        if path.is_file():
-            with path.open(newline="", encoding="utf-8", errors="replace") as file:
-                rows.extend(csv.DictReader((line.replace("\0", "") for line in file), restval=""))
-    columns = {*RUN_COLUMNS}
-    whole = [row for row in runs if set(row) == columns and row["checksum"] == checksum(row, of_run(row, curves))]
+        if not path.is_file():
+            return []
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+            rows = list(csv.DictReader((line.replace("\0", "") for line in file), restval=""))
+        return [row if set(row) == {*columns} else dict.fromkeys(columns, "") for row in rows]
+
+    runs, curves = read("runs", RUN_COLUMNS), read("curves", CURVE_COLUMNS)
+    whole = [row for row in runs if row["checksum"] == checksum(row, of_run(row, curves))]
     if len(whole) < len(runs):
         print(f"results of {suite}: {len(runs) - len(whole)} of {len(runs)} rows are damaged", file=sys.stderr)
     return whole, [point for row in whole for point in of_run(row, curves)]
@@ -337,14 +340,17 @@ def format_comparisons(runs: list[dict], references: tuple[str, ...]) -> str:
         for method in methods:
             if method == reference or reference not in methods:
                 continue
-            x, y = (solved([row for row in runs if row["method"] == name]) for name in (method, reference))
+            pair = [[row for row in runs if row["method"] == name] for name in (method, reference)]
+            x, y = (solved(rows) for rows in pair)
             if x.shape[1] != y.shape[1]:
                 lines.append(f"| {method} | {reference} | judged by other episodes | - |")
                 continue
             paired = x.mean(axis=0) - y.mean(axis=0)  # (episodes,)
             difference = percent(paired.mean(), interval(np.mean, paired))
             x, y = x.mean(axis=1), y.mean(axis=1)
-            better = percent(probability_of_improvement(x, y), interval(probability_of_improvement, x, y), digits=0)
+            seeds_differ = all(len(rows) > 1 or rows[0]["steps"] == "0" for rows in pair)  # else one seed says nothing
+            bounds = interval(probability_of_improvement, x, y) if seeds_differ else None
+            better = percent(probability_of_improvement(x, y), bounds, digits=0)
             lines.append(f"| {method} | {reference} | {difference} | {better} |")
     return "\n".join(lines) + "\n"
 

@@ -200,6 +200,31 @@ def test_what_is_whole_is_not_run_again_and_what_is_damaged_is(tiny, capfd):
     assert len(reproduce.read_rows("tiny", Path("results"))[0]) == 2
 
 
+def test_no_damage_goes_unnoticed(tiny):
+    """Bytes changed, cut out or put in anywhere: no row is read that was not written, and reading never fails."""
+    runs = [
+        made_up_run(method, seed, range(3)) | {"command": "c", "steps": "32"}
+        for method in TINY_SUITE.methods
+        for seed in (1, 2)
+    ]
+    curves = [{"method": r["method"], "seed": r["seed"], "step": s, "training_s": "1.5", "success": "0.25"}
+              for r in runs for s in ("0", "32")]  # fmt: skip
+    runs = [row | {"checksum": reproduce.checksum(row, reproduce.of_run(row, curves))} for row in runs]
+    tiny.parent.mkdir()
+    reproduce.write_rows("tiny", runs, curves, tiny.parent)
+    assert reproduce.read_rows("tiny", tiny.parent) == (runs, curves)
+    rng = np.random.default_rng(0)
+    for trial in range(600):
+        path = (tiny, tiny.with_name("tiny_curves.csv"))[trial % 2]
+        good = path.read_bytes()
+        at, kind, byte = rng.integers(len(good)), trial % 3, bytes([rng.integers(256)])
+        bad = (good[:at] + byte + good[at + 1 :], good[:at] + good[at + 1 :], good[:at] + byte + good[at:])[kind]
+        path.write_bytes(bad)
+        read, points = reproduce.read_rows("tiny", tiny.parent)
+        assert all(row in runs for row in read) and all(point in curves for point in points)
+        path.write_bytes(good)
+
+
 def test_other_commands_or_episodes_are_run_again(tiny, monkeypatch):
     reproduce.main(reproduce.Args(suite="tiny", seeds=1))
     suite = Suite(TINY_SUITE.methods | {"PPO, tiny": f"ppo.py {TINY} --gamma 0.9"}, ("base",), 1, 2)
