@@ -336,9 +336,9 @@ def format_comparisons(runs: list[dict], references: tuple[str, ...]) -> str:
     """A row per method and reference: the difference on the same episodes, and the probability of improvement."""
     lines = ["| method | against | difference, points | probability of improvement |", "|---|---|---|---|"]
     methods = list(dict.fromkeys(row["method"] for row in runs))
-    for reference in references:
+    for k, reference in enumerate(references):
         for method in methods:
-            if method == reference or reference not in methods:
+            if method in references[: k + 1] or reference not in methods:  # each pair once
                 continue
             pair = [[row for row in runs if row["method"] == name] for name in (method, reference)]
             x, y = (solved(rows) for rows in pair)
@@ -396,12 +396,12 @@ def plot_curves(runs: list[dict], curves: list[dict], path: Path) -> None:
             [[float(point["success"]) for point in of_run(row, curves)] for row in rows]
         )  # (seeds, points)
         axis.plot(steps, lines.T, color=colour, linewidth=0.6, alpha=0.35)
-        axis.plot(steps, lines.mean(axis=0), color=colour, linewidth=2, label=method)
+        axis.plot(steps, lines.mean(axis=0), color=colour, linewidth=2, marker="o", markersize=4, label=method)
         if len(rows) > 1:
             band = np.array([interval(np.mean, column) for column in lines.T])
             axis.fill_between(steps, band[:, 0], band[:, 1], color=colour, alpha=0.2, linewidth=0)
-    axis.set(xlabel="environment steps", ylabel="success on validation episodes", xscale="symlog", ylim=(-0.02, 1.02))
-    axis.set_xlim(left=3000)
+    axis.set_xscale("symlog", linthresh=10_000)  # with the start, where the residuals are at the base's success
+    axis.set(xlabel="environment steps", ylabel="success on validation episodes", xlim=(0, None), ylim=(-0.02, 1.02))
     axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(path, dpi=100)
