@@ -355,7 +355,7 @@ def test_tables_are_those_of_the_measurements(monkeypatch):
         assert rows in table
 
 
-@pytest.mark.parametrize("suite", ["paper", "bases", "ablations", "precision"])
+@pytest.mark.parametrize("suite", ["paper", "ablations", "precision"])
 def test_committed_rows_are_whole_and_complete(suite, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
     runs, _ = reproduce.read_rows(suite, Path("results"))
