@@ -1,7 +1,7 @@
 """Every number of the README's tables comes from this script: train, evaluate, tabulate, compare.
 
     pip install submitit==1.5.4
-    python reproduce.py                            # suite paper: three scripts, 10 seeds, an hour on two cores
+    python reproduce.py                            # suite paper: three scripts, 10 seeds, 70 minutes on two cores
     python reproduce.py --suite ablations          # what the flags of the residual buy
     python reproduce.py --suite paper --executor slurm --slurm-partition gpu
     python reproduce.py --suite paper --dry-run    # the commands, and nothing else
@@ -36,7 +36,7 @@ from eval import fail, pyplot
 
 ROOT = Path(__file__).resolve().parent
 PURE_RL = "ppo.py --num-envs 64 --minibatch-size 512 --total-timesteps 1000000 --reach-weight -1"
-SHORT_PPO = "ppo_residual.py --total-timesteps 100000"  # stopped where differences are largest
+SHORT_PPO = "ppo_residual.py --total-timesteps 100000"  # stopped while it still learns
 SHORT_SAC = "sac_residual.py --total-timesteps 20000 --eval-freq 10000"
 QUICK = "--total-timesteps 1024 --num-envs 8 --eval-episodes 4"
 WIDE = (
