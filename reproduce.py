@@ -231,12 +231,18 @@ def checksum(row: dict, curve: list[dict]) -> str:
     """CRC-32 of a run's row and of the rows of its curve, as they stand in the files."""
     cells = [row[name] for name in RUN_COLUMNS if name != "checksum"]
     cells += [point[name] for point in curve for name in CURVE_COLUMNS]
-    return f"{zlib.crc32(json.dumps(['' if cell is None else str(cell) for cell in cells]).encode()):08x}"
+    return f"{zlib.crc32(json.dumps(cells).encode()):08x}"
 
 
 def of_run(row: dict, curves: list[dict]) -> list[dict]:
     """The rows of a run's curve."""
     return [point for point in curves if (point["method"], point["seed"]) == (row["method"], row["seed"])]
+
+
+def by_method(runs: list[dict]) -> dict[str, list[dict]]:
+    """The rows of each method, in the order in which the methods come."""
+    methods = dict.fromkeys(row["method"] for row in runs)
+    return {method: [row for row in runs if row["method"] == method] for method in methods}
 
 
 def read_rows(suite: str, folder: Path) -> tuple[list[dict], list[dict]]:
@@ -312,8 +318,7 @@ def format_methods(runs: list[dict], curves: list[dict]) -> str:
         "| method | runs | success, mean | interquartile mean | worst run | reach 90 % | at step | time to success |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for method in dict.fromkeys(row["method"] for row in runs):
-        rows = [row for row in runs if row["method"] == method]
+    for method, rows in by_method(runs).items():
         outcomes = solved(rows)
         success = outcomes.mean(axis=1)
         worst = binomtest(int(outcomes.sum(axis=1).min()), outcomes.shape[1]).proportion_ci(method="wilson")
@@ -335,12 +340,12 @@ def format_methods(runs: list[dict], curves: list[dict]) -> str:
 def format_comparisons(runs: list[dict], references: tuple[str, ...]) -> str:
     """A row per method and reference: the difference on the same episodes, and the probability of improvement."""
     lines = ["| method | against | difference, points | probability of improvement |", "|---|---|---|---|"]
-    methods = list(dict.fromkeys(row["method"] for row in runs))
+    methods = by_method(runs)
     for k, reference in enumerate(references):
         for method in methods:
             if method in references[: k + 1] or reference not in methods:  # each pair once
                 continue
-            pair = [[row for row in runs if row["method"] == name] for name in (method, reference)]
+            pair = methods[method], methods[reference]
             x, y = (solved(rows) for rows in pair)
             if x.shape[1] != y.shape[1]:
                 lines.append(f"| {method} | {reference} | judged by other episodes | - |")
@@ -385,16 +390,15 @@ def plot_curves(runs: list[dict], curves: list[dict], path: Path) -> None:
     """Success against steps: the mean over the seeds with its bootstrap band, and a thin line per seed."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(9, 4.6), layout="constrained")
-    for method, colour in colours(list(dict.fromkeys(row["method"] for row in runs))).items():
-        rows = [row for row in runs if row["method"] == method]
+    methods = by_method(runs)
+    for method, colour in colours(methods).items():
+        rows = methods[method]
         if not of_run(rows[0], curves):  # nothing was trained
             success = solved(rows).mean()
             axis.axhline(success, color=colour, linestyle=":", label=f"{method} (test episodes)")
             continue
         steps = [int(point["step"]) for point in of_run(rows[0], curves)]
-        lines = np.array(
-            [[float(point["success"]) for point in of_run(row, curves)] for row in rows]
-        )  # (seeds, points)
+        lines = np.array([[float(point["success"]) for point in of_run(row, curves)] for row in rows])
         axis.plot(steps, lines.T, color=colour, linewidth=0.6, alpha=0.35)
         axis.plot(steps, lines.mean(axis=0), color=colour, linewidth=2, marker="o", markersize=4, label=method)
         if len(rows) > 1:
@@ -411,10 +415,10 @@ def plot_curves(runs: list[dict], curves: list[dict], path: Path) -> None:
 def plot_success(runs: list[dict], path: Path) -> None:
     """Success on the test episodes, by method: a dot per run, the interquartile mean and its interval."""
     plt = pyplot()
-    methods = list(dict.fromkeys(row["method"] for row in runs))
+    methods = by_method(runs)
     figure, axis = plt.subplots(figsize=(9, 1.2 + 0.36 * len(methods)), layout="constrained")
     for k, (method, colour) in enumerate(colours(methods).items()):
-        success = solved([row for row in runs if row["method"] == method]).mean(axis=1)
+        success = solved(methods[method]).mean(axis=1)
         offsets = np.linspace(-0.25, 0.25, len(success)) if len(success) > 1 else [0.0]
         axis.scatter(success, k + np.array(offsets), s=14, color=colour, alpha=0.6)
         if len(success) > 1:
@@ -504,12 +508,12 @@ def main(args: Args) -> int:
     at_once = available_cores() // cores if args.executor == "local" else len(matrix)  # a cluster has its own queue
     for other in (name for name in SUITES if name != args.suite):  # the same run may stand in another suite
         rows, points = read_rows(other, folder)
-        for key in list(matrix):
-            method, command, seed = key
-            wanted = {"command": command, "seed": str(seed), "episodes": str(episodes)}.items()
-            for row in (row for row in rows if key in matrix and wanted <= row.items()):
+        theirs = {(row["command"], row["seed"], row["episodes"]): row for row in rows}
+        for method, command, seed in list(matrix):
+            row = theirs.get((command, str(seed), str(episodes)))
+            if row:
                 keep(row | {"method": method}, of_run(row, points))
-                matrix.remove(key)
+                matrix.remove((method, command, seed))
     facts = {"commit": current_commit(), "cores": cores, "side_by_side": min(at_once, len(matrix))}
     start, failures = time.perf_counter(), 0
     print(f"{len(matrix)} runs, {facts['side_by_side']} side by side; {len(done)} done before", flush=True)
