@@ -2,22 +2,54 @@
 
 A base policy is called as `policy(obs) -> action`, with observations (num_envs, obs_dim) of `PaperSquareVectorEnv` and
 actions (num_envs, 6) in [-1, 1]; `policy.reset(mask)` takes the boolean mask (num_envs,) of the environments that just
-started an episode. `make_base_policy(name, ...)` builds one by name; `python eval.py --policy jacobian` plays one.
-`BaseArgs` are the flags that the residual scripts inherit, `make_base(args)` builds what they ask for.
+started an episode. `policy(obs, mask)` asks for some environments only, those of the mask, a row each: the last
+observations of episodes that ended. `make_base_policy(name, ...)` builds one by name; `python eval.py --policy jacobian`
+plays one. `BaseArgs` are the flags that the residual scripts inherit, `make_base(args)` builds what they ask for.
 """
 
+import functools
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import mujoco
 import numpy as np
+import torch
 
 from env_paper_square import FINGERTIPS, JOINTS, OBS, SCENE_PATH, to_si
 
 BASE_POLICIES = ("zero", "jacobian", "hybrid", "il")
 CONTACT_HEIGHT = 0.009  # m, the fingertip's centre on the sheet: 1 mm of card and the fingertip's radius of 8 mm
 NOMINAL_WAY = 0.18  # m, from the sheet's nominal start to the square
+IL_SCRIPTS = ("act", "diffusion_policy")  # that an imitation-learned checkpoint may come from
+
+# LeRobot's conventions for the SO-101: joints in degrees, the gripper in percent of its travel
+ENV_STATE = tuple(name for name in OBS if not name.startswith("joint_"))  # rows of observation.environment_state
+_ctrlrange = mujoco.MjModel.from_xml_path(str(SCENE_PATH)).actuator_ctrlrange  # (6, 2), rad
+LEROBOT_ZERO = np.array([0.0] * 5 + [_ctrlrange[5, 0]])  # rad
+LEROBOT_SCALE = np.array([180.0 / np.pi] * 5 + [100.0 / (_ctrlrange[5, 1] - _ctrlrange[5, 0])])  # per rad
+
+
+def joints_to_lerobot(joints: np.ndarray) -> np.ndarray:
+    """Joint angles (..., 6), rad, as LeRobot has them: five in degrees, the gripper in percent of its travel."""
+    return (joints - LEROBOT_ZERO) * LEROBOT_SCALE
+
+
+def joints_to_rad(joints: np.ndarray) -> np.ndarray:
+    """The inverse of `joints_to_lerobot`."""
+    return joints / LEROBOT_SCALE + LEROBOT_ZERO
+
+
+def to_lerobot(obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Observations (num, obs_dim) as a dataset has them: state (num, 6) and environment_state (num, 14), float32.
+
+    The state is in LeRobot's units; the environment state is what the observation holds of everything but the joints,
+    scaled as there, because LeRobot does not normalise it.
+    """
+    state = joints_to_lerobot(to_si(obs)[:, OBS["joint_pos"]])
+    environment_state = np.concatenate([obs[:, OBS[name]] for name in ENV_STATE], axis=1)
+    return state.astype(np.float32), environment_state.astype(np.float32)
 
 
 @dataclass
@@ -47,7 +79,7 @@ class BaseArgs:
 class ZeroPolicy:
     """Holds still: with it, a residual script is pure RL."""
 
-    def __call__(self, obs: np.ndarray) -> np.ndarray:
+    def __call__(self, obs: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         return np.zeros((len(obs), len(JOINTS)))
 
     def reset(self, mask: np.ndarray) -> None:
@@ -129,7 +161,7 @@ class JacobianIKPolicy:
         self.hover_height = hover_height
         self.kinematics = ArmKinematics()
 
-    def __call__(self, obs: np.ndarray) -> np.ndarray:
+    def __call__(self, obs: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         state = to_si(obs)  # (num_envs, obs_dim), SI units
         joint_target = state[:, OBS["joint_pos"]] + state[:, OBS["joint_target_error"]]
         commanded, jacobian = self.kinematics(joint_target)
@@ -171,22 +203,68 @@ class JacobianIKPolicy:
 
 
 class FrozenILPolicy:
-    """An imitation-learned policy (ACT, diffusion, or a LeRobot folder) as a frozen base; not implemented yet.
+    """An imitation-learned policy as a frozen base: of act.py, of diffusion_policy.py, or a LeRobot folder.
 
-    Args: `checkpoint`, the file or folder to load. Raises NotImplementedError: a base that cannot be loaded is an
-    error, never a zero policy.
+    From one observation the network predicts a chunk of absolute joint targets. Each environment has a chunk of its own
+    and a pointer into it, and asks for a new one after `n_action_steps`, or when it starts an episode. A chunk is played
+    as increments, from the joint target where it was asked for to its first, and on from one to the next: what a
+    residual adds stays, where absolute targets would take it back one step later.
+
+    With a `temporal_ensemble_coeff` m above zero, as ACT has it (arXiv 2304.13705), every environment asks at every step,
+    and the target is the mean of all chunks' predictions for that step, weighted by exp(-m i), the oldest being i = 0.
+
+    Args: `state`, what `load_il` returns; `act_scale` (rad per step, as the environment's). Raises ValueError if the
+    parts do not fit, ImportError with a hint if a LeRobot folder meets no lerobot: never a zero policy.
     """
 
-    def __init__(self, checkpoint: str):
-        raise NotImplementedError(
-            f"base policy 'il' cannot be loaded yet (asked for checkpoint {checkpoint!r}): use zero, jacobian or hybrid"
-        )
-
-    def __call__(self, obs: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+    def __init__(self, state: dict, act_scale: float = 0.02):
+        self.act_scale = act_scale
+        self.network = load_network(state)
+        self.n_action_steps, self.coeff = self.network.n_action_steps, self.network.temporal_ensemble_coeff
+        self.pointer = np.zeros(0, dtype=np.int64)
 
     def reset(self, mask: np.ndarray) -> None:
-        raise NotImplementedError
+        if len(mask) != len(self.pointer):
+            chunks = self.network.chunk_size if self.coeff else 1  # (num_envs, chunks, chunk_size, 6), newest first
+            self.chunks = np.zeros((len(mask), chunks, self.network.chunk_size, len(JOINTS)))
+            self.pointer = np.zeros(len(mask), dtype=np.int64)  # steps since the episode began, or the chunk
+            self.empty = np.ones(len(mask), dtype=bool)
+        self.pointer[mask], self.empty[mask] = 0, True
+
+    def __call__(self, obs: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        ids = np.arange(len(obs)) if mask is None else np.flatnonzero(mask)
+        if len(self.pointer) == 0:
+            self.reset(np.ones(len(obs) if mask is None else len(mask), dtype=bool))
+        state = to_si(obs)
+        joint_target = state[:, OBS["joint_pos"]] + state[:, OBS["joint_target_error"]]  # (ids, 6), rad
+        play = self.ensemble if self.coeff else self.play_chunk
+        return np.clip(play(obs, ids, joint_target) / self.act_scale, -1.0, 1.0)
+
+    def play_chunk(self, obs: np.ndarray, ids: np.ndarray, joint_target: np.ndarray) -> np.ndarray:
+        """Increments (ids, 6), rad, by the chunks that the environments `ids` are in."""
+        ask = self.empty[ids] | (self.pointer[ids] == self.n_action_steps)
+        if ask.any():
+            targets = np.concatenate([joint_target[ask, None], self.predict(obs[ask])], axis=1)
+            self.chunks[ids[ask], 0] = np.diff(targets, axis=1)
+            self.pointer[ids[ask]], self.empty[ids[ask]] = 0, False
+        self.pointer[ids] += 1
+        return self.chunks[ids, 0, self.pointer[ids] - 1]
+
+    def ensemble(self, obs: np.ndarray, ids: np.ndarray, joint_target: np.ndarray) -> np.ndarray:
+        """Increments (ids, 6), rad, to the weighted mean of what the last chunks have for this step."""
+        self.chunks[ids] = np.concatenate([self.predict(obs)[:, None], self.chunks[ids, :-1]], axis=1)
+        self.pointer[ids] = np.minimum(self.pointer[ids] + 1, self.chunks.shape[1])
+        age = np.arange(self.chunks.shape[1])
+        order = self.pointer[ids, None] - 1 - age  # (ids, chunks), 0 is the oldest
+        weights = np.exp(-self.coeff * order) * (order >= 0)
+        weights /= weights.sum(axis=1, keepdims=True)
+        return np.einsum("nc,ncj->nj", weights, self.chunks[ids[:, None], age, age]) - joint_target
+
+    def predict(self, obs: np.ndarray) -> np.ndarray:
+        """Chunks of absolute joint targets (num, chunk_size, 6), rad, for observations (num, obs_dim)."""
+        with torch.inference_mode():
+            chunk = self.network.predict(*(torch.from_numpy(part) for part in to_lerobot(obs)))
+        return joints_to_rad(chunk.numpy())
 
 
 class HybridPolicy:
@@ -210,8 +288,8 @@ class HybridPolicy:
         self.policies, self.mode = list(policies), mode
         self.weights = np.asarray(weights, dtype=np.float64) / np.sum(weights)
 
-    def __call__(self, obs: np.ndarray) -> np.ndarray:
-        actions = np.stack([policy(obs) for policy in self.policies])  # (bases, num_envs, 6)
+    def __call__(self, obs: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        actions = np.stack([policy(obs, mask) for policy in self.policies])  # (bases, num_envs, 6)
         if self.mode == "blend":
             return np.tensordot(self.weights, actions, axes=1)
         to_square = to_si(obs)[:, OBS["sheet_to_square"]]
@@ -225,39 +303,64 @@ class HybridPolicy:
             policy.reset(mask)
 
 
+@functools.cache
+def load_il(path: str) -> dict:
+    """What `FrozenILPolicy` needs, of a checkpoint of act.py or diffusion_policy.py, or a LeRobot folder; read once.
+
+    Raises ValueError, with one line for the user, if there is none at `path`.
+    """
+    if not path:
+        raise ValueError("base policy 'il' needs --il-checkpoint: a .pt file of act.py or diffusion_policy.py")
+    state = importlib.import_module("eval").load_checkpoint(path)
+    if state["script"] not in IL_SCRIPTS:
+        raise ValueError(f"{path} comes from {state['script']}.py, not from one of {', '.join(IL_SCRIPTS)}")
+    return state
+
+
+def load_network(state: dict):
+    """The network of an imitation-learned checkpoint, with `predict`, `chunk_size`, `n_action_steps`, ..."""
+    return importlib.import_module(state["script"]).make_network(state)
+
+
 def make_base_policy(
     name: str,
     *,
     il_checkpoint: str = "",
+    il_state: dict | None = None,
     hybrid_bases: Sequence[str] = ("jacobian", "zero"),
     hybrid_weights: Sequence[float] = (0.5, 0.5),
     hybrid_mode: str = "blend",
+    act_scale: float = 0.02,
     **ik,
 ):
     """Build the base policy `name`, one of zero, jacobian, hybrid, il.
 
-    `ik` goes to `JacobianIKPolicy` as it is (`act_scale`, `gain`, ...). Raises ValueError for an unknown name or
-    arguments that do not fit, NotImplementedError for il.
+    `il_state` stands in for the file `il_checkpoint`; `ik` goes to `JacobianIKPolicy` as it is (`gain`, ...). Raises
+    ValueError for an unknown name or arguments that do not fit, and what `FrozenILPolicy` raises.
     """
     if name == "zero":
         return ZeroPolicy()
     if name == "jacobian":
-        return JacobianIKPolicy(**ik)
+        return JacobianIKPolicy(act_scale, **ik)
     if name == "il":
-        return FrozenILPolicy(il_checkpoint)
+        return FrozenILPolicy(il_state or load_il(il_checkpoint), act_scale)
     if name == "hybrid":
         if "hybrid" in hybrid_bases:
             raise ValueError("hybrid cannot be one of its own bases: choose from zero, jacobian, il")
-        policies = [make_base_policy(base, il_checkpoint=il_checkpoint, **ik) for base in hybrid_bases]
-        return HybridPolicy(policies, hybrid_weights, hybrid_mode)
+        common = {"il_checkpoint": il_checkpoint, "il_state": il_state, "act_scale": act_scale, **ik}
+        return HybridPolicy([make_base_policy(base, **common) for base in hybrid_bases], hybrid_weights, hybrid_mode)
     raise ValueError(f"unknown base policy {name!r}: choose from {', '.join(BASE_POLICIES)}")
 
 
-def make_base(args: BaseArgs):
-    """Build the base policy that the flags of a residual script ask for; raises as `make_base_policy`."""
+def make_base(args: BaseArgs, il_state: dict | None = None):
+    """Build the base policy that the flags of a residual script ask for; raises as `make_base_policy`.
+
+    `il_state` is what `base_state` returned for the same flags: with it, no other file is needed.
+    """
     return make_base_policy(
         args.base_policy,
         il_checkpoint=args.il_checkpoint,
+        il_state=il_state,
         hybrid_bases=args.hybrid_bases,
         hybrid_weights=args.hybrid_weights,
         hybrid_mode=args.hybrid_mode,
@@ -268,3 +371,9 @@ def make_base(args: BaseArgs):
         press_depth=args.ik_press_depth,
         hover_height=args.ik_hover_height,
     )
+
+
+def base_state(args: BaseArgs) -> dict | None:
+    """What a residual script's checkpoint must hold of its base besides the flags: an imitation-learned one's weights."""
+    bases = args.hybrid_bases if args.base_policy == "hybrid" else (args.base_policy,)
+    return load_il(args.il_checkpoint) if "il" in bases else None
