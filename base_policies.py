@@ -2,9 +2,10 @@
 
 A base policy is called as `policy(obs) -> action`, with observations (num_envs, obs_dim) of `PaperSquareVectorEnv` and
 actions (num_envs, 6) in [-1, 1]; `policy.reset(mask)` takes the boolean mask (num_envs,) of the environments that just
-started an episode. `policy(obs, mask)` asks for some environments only, those of the mask, a row each: the last
-observations of episodes that ended. `make_base_policy(name, ...)` builds one by name; `python eval.py --policy jacobian`
-plays one. `BaseArgs` are the flags that the residual scripts inherit, `make_base(args)` builds what they ask for.
+started an episode. `policy(obs, mask)` asks for the environments of the mask only, a row each.
+
+`make_base_policy(name, ...)` builds one by name; `python eval.py --policy jacobian` plays one. `BaseArgs` are the flags
+that the residual scripts inherit, `make_base(args)` builds what they ask for.
 """
 
 import functools
@@ -53,9 +54,7 @@ def to_lerobot(obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @dataclass
-class BaseArgs:
-    base_policy: str = "jacobian"
-    """frozen policy that the residual corrects: zero, jacobian, hybrid or il"""
+class BaseFlags:
     ik_gain: float = 0.5
     """jacobian: share of the error made good per step"""
     ik_damping: float = 0.01
@@ -67,13 +66,19 @@ class BaseArgs:
     ik_hover_height: float = 0.025
     """jacobian: height of the fingertip's centre away from the sheet, m"""
     il_checkpoint: str = ""
-    """il: file or folder of the imitation-learned policy"""
+    """il: checkpoint of act.py or diffusion_policy.py, or a LeRobot pretrained_model folder"""
     hybrid_bases: tuple[str, ...] = ("jacobian", "zero")
     """hybrid: the bases to combine"""
     hybrid_weights: tuple[float, ...] = (0.5, 0.5)
     """hybrid: a weight for each base"""
     hybrid_mode: Literal["blend", "switch"] = "blend"
     """hybrid: mean of the actions, or one base after the other along the sheet's way"""
+
+
+@dataclass
+class BaseArgs(BaseFlags):
+    base_policy: str = "jacobian"
+    """frozen policy that the residual corrects: zero, jacobian, hybrid or il"""
 
 
 class ZeroPolicy:
@@ -205,12 +210,12 @@ class JacobianIKPolicy:
 class FrozenILPolicy:
     """An imitation-learned policy as a frozen base: of act.py, of diffusion_policy.py, or a LeRobot folder.
 
-    From one observation the network predicts a chunk of absolute joint targets. Each environment has a chunk of its own
-    and a pointer into it, and asks for a new one after `n_action_steps`, or when it starts an episode. A chunk is played
+    From one observation the network predicts a chunk of absolute joint targets. Each environment has its own chunk and
+    a pointer into it, and asks for the next one after `n_action_steps`, or when it starts an episode. A chunk is played
     as increments, from the joint target where it was asked for to its first, and on from one to the next: what a
     residual adds stays, where absolute targets would take it back one step later.
 
-    With a `temporal_ensemble_coeff` m above zero, as ACT has it (arXiv 2304.13705), every environment asks at every step,
+    With a `temporal_ensemble_coeff` m above zero, as ACT has it (arXiv 2304.13705), all environments ask at every step,
     and the target is the mean of all chunks' predictions for that step, weighted by exp(-m i), the oldest being i = 0.
 
     Args: `state`, what `load_il` returns; `act_scale` (rad per step, as the environment's). Raises ValueError if the
@@ -322,6 +327,21 @@ def load_network(state: dict):
     return importlib.import_module(state["script"]).make_network(state)
 
 
+def base_kwargs(args: BaseFlags) -> dict:
+    """The arguments of `make_base_policy` that are flags."""
+    return {
+        "il_checkpoint": args.il_checkpoint,
+        "hybrid_bases": args.hybrid_bases,
+        "hybrid_weights": args.hybrid_weights,
+        "hybrid_mode": args.hybrid_mode,
+        "gain": args.ik_gain,
+        "damping": args.ik_damping,
+        "speed_limit": args.ik_speed_limit,
+        "press_depth": args.ik_press_depth,
+        "hover_height": args.ik_hover_height,
+    }
+
+
 def make_base_policy(
     name: str,
     *,
@@ -357,23 +377,10 @@ def make_base(args: BaseArgs, il_state: dict | None = None):
 
     `il_state` is what `base_state` returned for the same flags: with it, no other file is needed.
     """
-    return make_base_policy(
-        args.base_policy,
-        il_checkpoint=args.il_checkpoint,
-        il_state=il_state,
-        hybrid_bases=args.hybrid_bases,
-        hybrid_weights=args.hybrid_weights,
-        hybrid_mode=args.hybrid_mode,
-        act_scale=args.act_scale,
-        gain=args.ik_gain,
-        damping=args.ik_damping,
-        speed_limit=args.ik_speed_limit,
-        press_depth=args.ik_press_depth,
-        hover_height=args.ik_hover_height,
-    )
+    return make_base_policy(args.base_policy, act_scale=args.act_scale, il_state=il_state, **base_kwargs(args))
 
 
 def base_state(args: BaseArgs) -> dict | None:
-    """What a residual script's checkpoint must hold of its base besides the flags: an imitation-learned one's weights."""
+    """What a checkpoint must hold of its base besides the flags: what `load_il` read, or None."""
     bases = args.hybrid_bases if args.base_policy == "hybrid" else (args.base_policy,)
     return load_il(args.il_checkpoint) if "il" in bases else None

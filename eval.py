@@ -16,9 +16,9 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from gymnasium.vector import AutoresetMode
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from base_policies import make_base_policy
+from base_policies import BaseArgs, BaseFlags, base_kwargs, make_base_policy
 from env_paper_square import OBS, OBS_SCALE, SHEET_HALF_SIZE, EnvArgs, PaperSquareVectorEnv, to_si
 
 POLICY_HZ = 30  # steps per second, the environment's default
@@ -55,11 +55,11 @@ SWEEPS = {  # name: what is varied, and the range that policies are trained in b
 
 
 @dataclass
-class Args:
+class Args(BaseFlags):
     model_path: tuple[str, ...] = ()
     """checkpoints to evaluate, one or several"""
-    policy: tuple[str, ...] = ()
-    """policies without a checkpoint: zero, random, jacobian, hybrid"""
+    policy: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--base-policy"])] = ()
+    """policies by name: zero, random, jacobian, hybrid, il"""
     compare_base: bool = False
     """also play the base policy of each checkpoint that has one"""
     compare_zero: bool = False
@@ -375,7 +375,7 @@ def load_checkpoint(path: str | Path) -> dict:
 
 def load_policies(args: Args) -> tuple[dict, dict]:
     """The policies that the flags ask for, by name, and the environment arguments of each."""
-    policies, env_kwargs = {}, {}
+    policies, env_kwargs, bases = {}, {}, {}
     asked = {name: getattr(args, name) for name in ("tape_half_size", "randomize_xy", "randomize_yaw")}
     overrides = {name: value for name, value in asked.items() if value is not None}
     for path in args.model_path:
@@ -388,7 +388,8 @@ def load_policies(args: Args) -> tuple[dict, dict]:
         task = {**checkpoint["env_kwargs"], **overrides}
         if args.compare_base and hasattr(policy, "base_policy"):  # pure RL has none
             base_name = f"base {checkpoint['args']['base_policy']}"
-            if env_kwargs.get(base_name, task) != task:
+            base = {field.name: checkpoint["args"][field.name] for field in fields(BaseArgs)} | task
+            if bases.setdefault(base_name, base) != base:
                 base_name = f"{base_name} of {name}"
             policies[base_name], env_kwargs[base_name] = policy.base_policy, task
         policies[name], env_kwargs[name] = policy, task
@@ -397,7 +398,8 @@ def load_policies(args: Args) -> tuple[dict, dict]:
     names = [*args.policy, *["zero"] * args.compare_zero, *["random"] * args.compare_random]
     shared = next(iter(env_kwargs.values()), {"act_scale": EnvArgs.act_scale, **overrides})
     for name in names:
-        policies[name] = RandomPolicy() if name == "random" else make_base_policy(name, act_scale=shared["act_scale"])
+        kwargs = {"act_scale": shared["act_scale"], **base_kwargs(args)}
+        policies[name] = RandomPolicy() if name == "random" else make_base_policy(name, **kwargs)
         env_kwargs[name] = shared
     for key in set().union(*env_kwargs.values()) - {"act_scale"}:
         if len({kwargs.get(key) for kwargs in env_kwargs.values()}) > 1:
@@ -434,10 +436,12 @@ def validate(policy, checkpoint: dict, num_episodes: int, elapsed: float, evalua
     return row
 
 
-def report(
-    policies: dict, checkpoint: dict, num_episodes: int, evaluations: list, run_dir: Path, film: bool = False
-) -> dict:
-    """End a training: play all policies on the same test episodes, print the table, write results.json."""
+def report(policy, checkpoint: dict, num_episodes: int, evaluations: list, run_dir: Path, film: bool = False) -> dict:
+    """End a training: play test episodes, the base too if there is one, print the table, write results.json."""
+    policies = {checkpoint["args"]["exp_name"]: policy}
+    if hasattr(policy, "base_policy"):
+        base = f"base {checkpoint['args']['base_policy']}"
+        policies = {base: policy.base_policy, f"residual, alpha {policy.alpha:g}": policy}
     seeds = range(TEST_SEED, TEST_SEED + num_episodes)
     results = {
         name: summarize(play_episodes(policy, seeds, environment_of(checkpoint), progress=name))

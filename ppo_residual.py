@@ -25,7 +25,7 @@ from torch.distributions.normal import Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from base_policies import BaseArgs, make_base
+from base_policies import BaseArgs, base_state, make_base
 from env_paper_square import OBS, EnvArgs, env_kwargs, eval_kwargs
 from eval import VALIDATION_SEED, check_rendering, fail, report, validate
 
@@ -221,6 +221,7 @@ def make_checkpoint(args, agent, global_step):
         "obs_names": list(OBS),
         "model": agent.state_dict(),
         "global_step": global_step,
+        "base": base_state(args),
     }
 
 
@@ -234,7 +235,8 @@ def make_policy(checkpoint, sample=False):
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"checkpoint does not fit {Path(__file__).name}: {str(error).splitlines()[0]}") from error
     policy = AgentPolicy(agent, sample)
-    return ResidualPolicy(policy, make_base(args), alpha_at(args, checkpoint["global_step"]), args.base_input)
+    base_policy, alpha = make_base(args, checkpoint.get("base")), alpha_at(args, checkpoint["global_step"])
+    return ResidualPolicy(policy, base_policy, alpha, args.base_input)
 
 
 def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
@@ -386,7 +388,7 @@ if __name__ == "__main__":
             # Truncation is not termination: the value of the last observation stands in for what would have come
             if truncations.any():
                 final_obs = np.stack(infos["final_obs"][truncations])
-                final_obs = append_base(final_obs, base_policy(final_obs), args.base_input)
+                final_obs = append_base(final_obs, base_policy(final_obs, truncations), args.base_input)
                 with torch.inference_mode():
                     reward[truncations] += args.gamma * agent.get_value(torch.from_numpy(final_obs)).numpy()
             rewards[step], dones[step] = torch.from_numpy(reward), torch.from_numpy(done)
@@ -465,6 +467,5 @@ if __name__ == "__main__":
     # The result, on test episodes, which nothing was chosen by
     checkpoint = make_checkpoint(args, agent, global_step)
     policy = make_policy(checkpoint)
-    policies = {f"base {args.base_policy}": policy.base_policy, f"residual, alpha {policy.alpha:g}": policy}
-    results = report(policies, checkpoint, args.test_episodes, evaluations, run_dir, film=args.capture_video)
+    results = report(policy, checkpoint, args.test_episodes, evaluations, run_dir, film=args.capture_video)
     writer.close()

@@ -25,7 +25,7 @@ from torch.distributions.normal import Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from base_policies import BaseArgs, make_base
+from base_policies import BaseArgs, base_state, make_base
 from env_paper_square import OBS, EnvArgs, env_kwargs, eval_kwargs
 from eval import VALIDATION_SEED, check_rendering, fail, report, validate
 
@@ -296,6 +296,7 @@ def make_checkpoint(args, actor, global_step):
         "obs_names": list(OBS),
         "model": actor.state_dict(),
         "global_step": global_step,
+        "base": base_state(args),
     }
 
 
@@ -309,7 +310,8 @@ def make_policy(checkpoint, sample=False):
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"checkpoint does not fit {Path(__file__).name}: {str(error).splitlines()[0]}") from error
     policy = AgentPolicy(actor, sample)
-    return ResidualPolicy(policy, make_base(args), alpha_at(args, checkpoint["global_step"]), args.base_input)
+    base_policy, alpha = make_base(args, checkpoint.get("base")), alpha_at(args, checkpoint["global_step"])
+    return ResidualPolicy(policy, base_policy, alpha, args.base_input)
 
 
 if __name__ == "__main__":
@@ -439,13 +441,14 @@ if __name__ == "__main__":
             episode_returns[done] = episode_lengths[done] = 0
 
         # Store; what follows the last step of an episode is its own last observation, not the next episode's first
-        base_policy.reset(done)
-        next_base_action = base_policy(next_obs)
-        last_obs, last_base_action = next_obs, next_base_action
+        last_obs = next_obs.copy()
         if done.any():
-            last_obs, last_base_action = next_obs.copy(), next_base_action.copy()
             last_obs[done] = np.stack(infos["final_obs"][done])
-            last_base_action[done] = base_policy(last_obs[done])
+        last_base_action = base_policy(last_obs)
+        base_policy.reset(done)
+        next_base_action = last_base_action.copy()
+        if done.any():
+            next_base_action[done] = base_policy(next_obs[done], done)
         rb.add(
             obs=obs,
             base_actions=base_action,
@@ -539,6 +542,5 @@ if __name__ == "__main__":
     # The result, on test episodes, which nothing was chosen by
     checkpoint = make_checkpoint(args, actor, global_step)
     policy = make_policy(checkpoint)
-    policies = {f"base {args.base_policy}": policy.base_policy, f"residual, alpha {policy.alpha:g}": policy}
-    results = report(policies, checkpoint, args.test_episodes, evaluations, run_dir, film=args.capture_video)
+    results = report(policy, checkpoint, args.test_episodes, evaluations, run_dir, film=args.capture_video)
     writer.close()

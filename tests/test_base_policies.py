@@ -3,16 +3,22 @@
 import mujoco
 import numpy as np
 import pytest
+import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
+import base_policies
 from base_policies import (
     BASE_POLICIES,
     CONTACT_HEIGHT,
     ArmKinematics,
+    FrozenILPolicy,
     HybridPolicy,
     JacobianIKPolicy,
     ZeroPolicy,
+    joints_to_lerobot,
+    joints_to_rad,
     make_base_policy,
+    to_lerobot,
 )
 from env_paper_square import (
     FINGERTIPS,
@@ -278,7 +284,7 @@ class ConstantPolicy:
     def __init__(self, value):
         self.value, self.masks = value, []
 
-    def __call__(self, obs):
+    def __call__(self, obs, mask=None):
         return np.full((len(obs), 6), self.value)
 
     def reset(self, mask):
@@ -350,6 +356,123 @@ def test_hybrid_refuses_what_it_cannot_use(count, weights, mode, message):
         HybridPolicy([ZeroPolicy()] * count, weights, mode)
 
 
+# Imitation-learned bases
+
+
+class CountingNetwork:
+    """Step k of the n-th chunk that it is asked for moves all joints by n + k / 10 deg."""
+
+    chunk_size, n_action_steps, temporal_ensemble_coeff = 4, 3, 0.0
+
+    def __init__(self):
+        self.asked = 0
+
+    def predict(self, state, environment_state):
+        numbers = self.asked + torch.arange(len(state))
+        self.asked += len(state)
+        moves = numbers[:, None] + 0.1 * torch.arange(self.chunk_size)  # (num, chunk_size), deg
+        return state[:, None] + moves.cumsum(1)[:, :, None]
+
+
+def frozen(monkeypatch, act_scale=np.pi, **attributes):
+    network = CountingNetwork()
+    vars(network).update(attributes)
+    monkeypatch.setattr(base_policies, "load_network", lambda state: network)
+    return FrozenILPolicy({}, act_scale)
+
+
+def moved(policy, observations, mask=None):
+    """What the policy does to the first joint of each environment, deg."""
+    return np.rad2deg(policy(observations, mask)[:, 0] * policy.act_scale)
+
+
+def test_lerobot_units_are_degrees_and_percent_of_the_grippers_travel():
+    low, high = mujoco.MjModel.from_xml_path(str(SCENE_PATH)).actuator_ctrlrange.T
+    assert_allclose(joints_to_lerobot(low), [*np.rad2deg(low[:5]), 0.0], atol=1e-9)
+    assert_allclose(joints_to_lerobot(high), [*np.rad2deg(high[:5]), 100.0])
+    assert_allclose(joints_to_rad(joints_to_lerobot(low + 0.3 * (high - low))), low + 0.3 * (high - low))
+    state, environment_state = to_lerobot(first_observations(3))
+    assert state.dtype == environment_state.dtype == np.float32
+    assert_allclose(state[0], [0.0, np.rad2deg(-0.14), np.rad2deg(0.52), np.rad2deg(1.19), 0.0, 24.716], atol=0.05)
+    assert_array_equal(environment_state, first_observations(3)[:, 18:])
+
+
+def test_a_chunk_is_played_as_increments_and_asked_for_again_when_used_up(monkeypatch):
+    policy, observations = frozen(monkeypatch), first_observations()
+    offset = np.rad2deg(to_si(observations)[0, OBS["joint_target_error"]][0])  # the first target is the network's own
+    assert_allclose(moved(policy, observations), 0.0 - offset, atol=1e-4)
+    far = edited(observations, joint_pos=np.full(6, 0.5))  # a residual took the arm away: the chunk goes on from there
+    assert_allclose(moved(policy, far), 0.1, atol=1e-4)
+    assert_allclose(moved(policy, far), 0.2, atol=1e-4)
+    assert policy.network.asked == 1
+    assert_allclose(moved(policy, far), 1.0 - offset, atol=1e-4)  # three of four were played
+    assert_allclose(moved(policy, edited(far, joint_target_error=np.full(6, 0.01))), 1.1, atol=1e-4)
+
+
+def test_chunks_and_pointers_are_each_environments_own(monkeypatch):
+    policy = frozen(monkeypatch)
+    observations = edited(first_observations(3), joint_target_error=np.zeros(6))
+    policy.reset(np.ones(3, dtype=bool))
+    assert_allclose(moved(policy, observations), [0.0, 1.0, 2.0], atol=1e-4)
+    policy.reset(np.array([False, True, False]))  # the second starts an episode: a new chunk, the others go on
+    assert_allclose(moved(policy, observations), [0.1, 3.0, 2.1], atol=1e-4)
+    last = moved(policy, observations[:1], np.array([True, False, False]))  # the first ended: its row alone
+    assert_allclose(last, [0.2], atol=1e-4)
+    policy.reset(np.array([True, False, False]))
+    assert_allclose(moved(policy, observations), [4.0, 3.1, 2.2], atol=1e-4)
+    assert_allclose(moved(policy, observations), [4.1, 3.2, 5.0], atol=1e-4)
+    assert_allclose(moved(policy, observations), [4.2, 6.0, 5.1], atol=1e-4)
+
+
+def test_a_reset_forgets_another_number_of_environments(monkeypatch):
+    policy = frozen(monkeypatch)
+    for num_envs in (3, 1, 2):
+        observations = edited(first_observations(num_envs), joint_target_error=np.zeros(6))
+        policy.reset(np.ones(num_envs, dtype=bool))
+        first = policy.network.asked
+        assert_allclose(moved(policy, observations), first + np.arange(num_envs), atol=1e-4)
+
+
+def test_temporal_ensemble_is_the_weighted_mean_of_all_predictions_for_a_step(monkeypatch):
+    coeff, chunks = 0.3, []
+    policy = frozen(monkeypatch, temporal_ensemble_coeff=coeff)
+    rng = np.random.default_rng(0)
+
+    def predict(state, environment_state):
+        chunks.append(torch.from_numpy(rng.normal(0.0, 3.0, (len(state), 4, 6))))
+        return chunks[-1]
+
+    policy.network.predict = predict
+    observations = edited(first_observations(2), joint_pos=np.zeros(6), joint_target_error=np.zeros(6))
+    starts = np.zeros(2, dtype=int)  # the second environment starts an episode at step 3
+    for step in range(8):
+        if step == 3:
+            policy.reset(np.array([False, True]))
+            starts[1] = 3
+        action = policy(observations)
+        for env, start in enumerate(starts):
+            asked = range(max(start, step - 3), step + 1)  # when the predictions for this step were made
+            weights = [np.exp(-coeff * i) for i in range(len(asked))]  # the oldest first
+            expected = sum(w * chunks[t][env, step - t].numpy() for w, t in zip(weights, asked, strict=True))
+            assert_allclose(action[env] * policy.act_scale, joints_to_rad(expected / sum(weights)), atol=1e-6)
+
+
+def test_increments_are_clipped_to_the_action_range(monkeypatch):
+    policy = frozen(monkeypatch, act_scale=0.02)
+    policy.network.asked = 5
+    assert_array_equal(policy(first_observations(2)), np.ones((2, 6)))
+
+
+def test_a_missing_or_foreign_checkpoint_is_an_error_of_one_line():
+    for name in ("il", "hybrid"):
+        with pytest.raises(ValueError, match="needs --il-checkpoint"):
+            make_base_policy(name, hybrid_bases=("il", "zero"))
+    with pytest.raises(ValueError, match="no checkpoint at nowhere.pt"):
+        make_base_policy("il", il_checkpoint="nowhere.pt")
+    with pytest.raises(ValueError, match=r"comes from ppo_residual\.py, not from one of act, diffusion_policy"):
+        make_base_policy("il", il_checkpoint=str(SCENE_PATH.parent / "ppo_residual.pt"))
+
+
 # The factory
 
 
@@ -376,13 +499,6 @@ def test_factory_names_the_choices_for_an_unknown_name():
     for arguments in ({"name": "nonsense"}, {"name": "hybrid", "hybrid_bases": ("jacobian", "nonsense")}):
         with pytest.raises(ValueError, match="'nonsense': choose from zero, jacobian, hybrid, il"):
             make_base_policy(**arguments)
-
-
-def test_imitation_learned_base_is_an_error_until_it_can_be_loaded():
-    with pytest.raises(NotImplementedError, match="policy.pt"):
-        make_base_policy("il", il_checkpoint="policy.pt")
-    with pytest.raises(NotImplementedError):
-        make_base_policy("hybrid", hybrid_bases=("il", "zero"))
 
 
 def test_hybrid_inside_a_hybrid_is_an_error():

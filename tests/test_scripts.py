@@ -238,6 +238,7 @@ MAY_DIFFER = {  # definition: why
     ("ppo.py", "ppo_residual.py"): {
         "Args": "flags of the base and the residual",
         "check_args": "alpha and the base",
+        "make_checkpoint": "an imitation-learned base goes along",
         "make_policy": "the base plays too",
     },
     ("ppo_residual.py", "sac_residual.py"): {
