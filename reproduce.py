@@ -39,6 +39,11 @@ PURE_RL = "ppo.py --num-envs 64 --minibatch-size 512 --total-timesteps 1000000 -
 SHORT_PPO = "ppo_residual.py --total-timesteps 100000"  # stopped while it still learns
 SHORT_SAC = "sac_residual.py --total-timesteps 20000 --eval-freq 10000"
 QUICK = "--total-timesteps 1024 --num-envs 8 --eval-episodes 4"
+RECORD = "record_demos.py --num-episodes 100 --output-dir"
+ALPHA = "ppo_residual.py --alpha 0.3"
+ACT = "--il-checkpoint assets/act.pt"
+DIFFUSION = "--il-checkpoint assets/diffusion_policy.pt"
+BLEND = f"{ACT} --hybrid-bases jacobian il --hybrid-weights 0.5 0.5"
 WIDE = (
     "--randomize-xy 0.08 --randomize-yaw 1.5708"  # x 0.11 to 0.27 m, y -0.17 to -0.01 m; the sheet looks alike after pi
 )
@@ -54,6 +59,8 @@ class Suite:
     """seeds of each method; a base policy alone is deterministic and has one"""
     episodes: int = 1000
     """held-out test episodes that each run is judged by"""
+    demos: str = ""
+    """folder of the demonstrations that the runs need; recorded first, unless it exists"""
 
 
 SUITES = {
@@ -77,6 +84,24 @@ SUITES = {
             "half speed + residual": SHORT_PPO + " --base-policy hybrid",
         },
         references=("Jacobian", "Jacobian + residual"),
+    ),
+    "imitation": Suite(
+        {
+            "ACT, 25 demonstrations": "act.py --dataset demos --torch-threads 1 --num-demos 25",
+            "ACT, 100 demonstrations": "act.py --dataset demos --torch-threads 1",
+            "diffusion, 25 demonstrations": "diffusion_policy.py --dataset demos --torch-threads 1 --num-demos 25",
+            "diffusion, 100 demonstrations": "diffusion_policy.py --dataset demos --torch-threads 1",
+            "Jacobian": "eval.py --policy jacobian",
+            "Jacobian + residual": ALPHA,
+            "ACT": f"eval.py --policy il {ACT}",
+            "ACT + residual": f"{ALPHA} --base-policy il {ACT}",
+            "diffusion": f"eval.py --policy il {DIFFUSION}",
+            "diffusion + residual": f"{ALPHA} --base-policy il {DIFFUSION}",
+            "Jacobian and ACT": f"eval.py --policy hybrid {BLEND}",
+            "Jacobian and ACT + residual": f"{ALPHA} --base-policy hybrid {BLEND}",
+        },
+        references=("Jacobian", "ACT", "diffusion", "Jacobian and ACT"),
+        demos="demos",
     ),
     "ablations": Suite(
         {
@@ -148,7 +173,7 @@ CURVE_COLUMNS = ("method", "seed", "step", "training_s", "success")
 @dataclass
 class Args:
     suite: str = "paper"
-    """what to run: paper, bases, ablations, sac, precision or quick"""
+    """what to run: paper, bases, imitation, ablations, sac, precision or quick"""
     only: str = ""
     """run only the methods whose name contains this"""
     seeds: int = 0
@@ -489,7 +514,10 @@ def main(args: Args) -> int:
         runs.append(row | {"checksum": checksum(row, curve)})
         write_rows(args.suite, runs, curves, folder)
 
+    record = [*shlex.split(RECORD), suite.demos] if suite.demos and not Path(suite.demos).exists() else []
     if args.dry_run:
+        if record:
+            print(f"python {shlex.join(record)}")
         for job in matrix:
             print("\n".join(f"python {shlex.join(line)}" for line in commands(*job, episodes, cores)))
         return 0
@@ -502,6 +530,8 @@ def main(args: Args) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except (RuntimeError, OSError) as error:  # no SLURM here, or no right to write here
         fail(str(error))
+    if record:
+        subprocess.run([sys.executable, str(ROOT / record[0]), *record[1:]], check=True)
     executor.update_parameters(timeout_min=args.timeout_min, cpus_per_task=cores, name=f"paper_square_{args.suite}")
     if args.slurm_partition:
         executor.update_parameters(slurm_partition=args.slurm_partition)
