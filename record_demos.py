@@ -12,7 +12,6 @@ whole, meta/info.json last: however a recording ends, the folder holds the episo
 import importlib
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -70,7 +69,7 @@ KEYS = {
 }
 VERDICTS = {257: ("Enter", "save"), 259: ("Backspace", "discard")}
 PRESS = np.array([0.008, 0.008, 0.002, 0.1, 0.1, 0.1])  # motion of one press: m, m, m, rad, rad, rad
-PACE = np.array([0.002, 0.002, 0.001, 0.02, 0.02, 0.02])  # of one step at most
+PACE = np.array([0.002, 0.002, 0.001, 0.01, 0.01, 0.02])  # of one step at most; faster, the joints could not follow
 TELEOP_STEPS = 1800  # a minute: a person is slower than the 400 steps of an episode
 TELEOP_DAMPING = 0.003  # m
 
@@ -250,7 +249,7 @@ def describe(values: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def merge(statistics: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Statistics of several episodes as one's; exact but for the quantiles: the mean of theirs, as LeRobot has it."""
+    """Statistics of several episodes as one's; exact but for the quantiles, which are the mean of theirs, as LeRobot's."""
     parts = {name: np.stack([one[name] for one in statistics]) for name in statistics[0]}  # (episodes, size)
     share = parts["count"] / parts["count"].sum()
     merged = {name: (share * values).sum(0) for name, values in parts.items()}
@@ -283,22 +282,20 @@ def write_parquet(path: Path, tables: Sequence[pa.Table]) -> None:
 
 
 class Dataset:
-    """Writes a dataset in flushes: new files of data, episodes and videos, then tasks, stats and, last, info.json.
+    """Writes a dataset in flushes: new files of videos, data and episodes, then tasks, stats and, last, info.json.
 
-    What is there of earlier flushes stays as it is, so a recording that is killed leaves the episodes that info.json
-    counts; what it does not count is cleared away when a recording appends.
+    What earlier flushes wrote stays as it is, so a recording that is killed leaves the episodes that info.json counts;
+    what it does not count is cleared away when another one appends.
 
     Args: `root`; `features`; `append`; `flush_every` (episodes). Raises ValueError for a folder that it cannot use.
     """
 
     def __init__(self, root: Path, features: dict, append: bool = False, flush_every: int = FLUSH_EPISODES):
-        self.root, self.features, self.flush_every = root, features, flush_every
-        self.columns = {key: value["shape"][0] for key, value in features.items() if value["dtype"] != "video"}
-        self.cameras = [key for key in features if key not in self.columns]
+        self.root, self.flush_every, self.info_path = root, flush_every, root / "meta" / "info.json"
+        self.cameras = [key for key, feature in features.items() if feature["dtype"] == "video"]
         self.pending, self.num_files, self.next_seed = [], 0, 0
-        self.frames = {key: [] for key in self.columns}  # all there are, for the statistics
-        self.images = {key: [] for key in self.cameras}  # the statistics of every episode
-        video_path = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+        self.statistics = {key: [] for key in features}  # of every episode
+        path = "chunk-{chunk_index:03d}/file-{file_index:03d}"
         self.info = {
             "codebase_version": "v3.0",
             "robot_type": "so101_follower",
@@ -310,14 +307,14 @@ class Dataset:
             "video_files_size_in_mb": 200,
             "fps": POLICY_HZ,
             "splits": {"train": "0:0"},
-            "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
-            "video_path": video_path if self.cameras else None,
+            "data_path": f"data/{path}.parquet",
+            "video_path": f"videos/{{video_key}}/{path}.mp4" if self.cameras else None,
             "features": features,
         }
-        existing = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
+        existing = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
         if not (existing.is_dir() and os.access(existing, os.W_OK)):
             raise ValueError(f"{existing} is not a folder that can be written to")
-        if any(path.is_file() and path.suffix != ".tmp" for path in root.rglob("*")):
+        if any(file.is_file() and file.suffix != ".tmp" for file in root.rglob("*")):
             if not append:
                 raise ValueError(f"{root} is not empty: add to it with --append, or choose another --output-dir")
             with readable(root):
@@ -326,33 +323,28 @@ class Dataset:
     def resume(self) -> None:
         """Go on where a dataset of this script ends; raises ValueError if it is another's or has other features."""
         info = read_info(self.root)
-        if info["features"] != self.features or info["fps"] != POLICY_HZ:
+        if any(info[key] != self.info[key] for key in ("features", "fps", "data_path", "video_path")):
             raise ValueError("--append needs the same features and fps, so the same --videos and --video-height")
-        total = info["total_episodes"]
+        self.info, total = info, info["total_episodes"]
         if total:
-            statistics = [f"stats/{key}/{name}" for key in self.cameras for name in (*STATISTICS,)]
-            episodes = read_episodes(self.root, total, ["data/chunk_index", "data/file_index", *statistics])
-            last = episodes.to_pylist()[-1]
-            self.num_files = PER_FOLDER * last["data/chunk_index"] + last["data/file_index"] + 1
-            for key, values in read_frames(self.root, info, self.columns, total).items():
-                self.frames[key].append(values)
-            for row in episodes.to_pylist():
-                for key in self.cameras:
-                    self.images[key].append({name: np.ravel(row[f"stats/{key}/{name}"]) for name in STATISTICS})
+            read_frames(self.root, info, {"episode_index": 1}, total)  # they are all there
+            columns = [f"stats/{key}/{name}" for key in self.statistics for name in STATISTICS]
+            episodes = read_episodes(self.root, total, ["data/chunk_index", "data/file_index", *columns]).to_pylist()
+            self.num_files = PER_FOLDER * episodes[-1]["data/chunk_index"] + episodes[-1]["data/file_index"] + 1
+            for row in episodes:
+                for key, statistics in self.statistics.items():
+                    statistics.append({name: np.ravel(row[f"stats/{key}/{name}"]) for name in STATISTICS})
         for number in range(self.num_files):
             metadata = pq.read_schema(self.episodes_path(number)).metadata or {}
             if b"seeds" not in metadata:
-                raise ValueError("--append continues what record_demos.py recorded, and this has no seeds")
-            self.next_seed = max(self.next_seed, *(seed + 1 for seed in json.loads(metadata[b"seeds"])))
-        self.info = info
-        counts = {
-            "data": self.num_files,
-            "meta/episodes": self.num_files,
-            **{f"videos/{key}": total for key in self.cameras},
+                raise ValueError("--append goes on with what record_demos.py recorded, and this has no seeds")
+            self.next_seed = max(self.next_seed, 1 + max(json.loads(metadata[b"seeds"])))
+        counts = dict.fromkeys(("data", "meta/episodes"), self.num_files) | {
+            f"videos/{key}": total for key in self.cameras
         }
         for folder, count in counts.items():
             for path in (self.root / folder).glob("chunk-*/file-*"):
-                chunk, file = (int(re.findall(r"\d+", name)[0]) for name in (path.parent.name, path.name))
+                chunk, file = (int(name[6:9]) for name in (path.parent.name, "-" + path.name))
                 if PER_FOLDER * chunk + file >= count or path.suffix == ".tmp":
                     path.unlink()
 
@@ -370,37 +362,31 @@ class Dataset:
         """Write the episodes since the last flush."""
         if not self.pending:
             return
-        info_path = self.root / "meta" / "info.json"
-        if not info_path.exists():
-            write_json(info_path, self.info)  # of no episodes yet: whatever follows belongs to a dataset
+        if not self.info_path.exists():
+            write_json(self.info_path, self.info)  # of no episodes yet: whatever follows belongs to a dataset
         tables, rows = zip(*(self.lay_out(episode) for episode in self.pending), strict=True)
         chunk, file = divmod(self.num_files, PER_FOLDER)
         write_parquet(self.root / self.info["data_path"].format(chunk_index=chunk, file_index=file), tables)
         seeds = json.dumps([episode["seed"] for episode in self.pending])
-        episodes = pa.Table.from_pylist(rows).replace_schema_metadata({"seeds": seeds})
-        write_parquet(self.episodes_path(self.num_files), [episodes])
-        write_parquet(self.root / "meta" / "tasks.parquet", [tasks_table()])
-        statistics = {
-            key: describe(np.concatenate(parts).reshape(-1, self.columns[key])) for key, parts in self.frames.items()
-        }
-        statistics |= {key: merge(parts) for key, parts in self.images.items()}
-        write_json(
-            self.root / "meta" / "stats.json", {key: self.to_lists(key, values) for key, values in statistics.items()}
+        write_parquet(
+            self.episodes_path(self.num_files), [pa.Table.from_pylist(rows).replace_schema_metadata({"seeds": seeds})]
         )
-        write_json(info_path, self.info)
+        write_parquet(self.root / "meta" / "tasks.parquet", [tasks_table()])
+        merged = {key: self.to_lists(key, merge(statistics)) for key, statistics in self.statistics.items()}
+        write_json(self.root / "meta" / "stats.json", merged)
+        write_json(self.info_path, self.info)
         self.pending, self.num_files = [], self.num_files + 1
 
     def lay_out(self, episode: dict) -> tuple[pa.Table, dict]:
         """Number an episode and count it in; returns its frames and its row of meta/episodes, and writes its videos."""
         index, start, length = self.info["total_episodes"], self.info["total_frames"], len(episode["action"])
-        numbers = {
+        episode = episode | {
             "timestamp": (np.arange(length) / POLICY_HZ).astype(np.float32),
             "frame_index": np.arange(length),
             "episode_index": np.full(length, index),
             "index": start + np.arange(length),
             "task_index": np.zeros(length, dtype=np.int64),
         }
-        data = {key: episode[key] if key in episode else numbers[key] for key in self.columns}
         chunk, file = divmod(self.num_files, PER_FOLDER)
         row = {
             "episode_index": index,
@@ -413,26 +399,26 @@ class Dataset:
             "meta/episodes/chunk_index": chunk,
             "meta/episodes/file_index": file,
         }
-        statistics = {key: describe(values.reshape(length, -1)) for key, values in data.items()}
         chunk, file = divmod(index, PER_FOLDER)
-        for key in self.cameras:
-            film, statistics[key] = episode[key]
-            path = self.info["video_path"].format(video_key=key, chunk_index=chunk, file_index=file)
-            write(self.root / path, partial(Path.write_bytes, data=film))
-            row |= {f"videos/{key}/chunk_index": chunk, f"videos/{key}/file_index": file}
-            row |= {f"videos/{key}/from_timestamp": 0.0, f"videos/{key}/to_timestamp": length / POLICY_HZ}
-            self.images[key].append(statistics[key])
-        for key, values in statistics.items():
+        columns = {}
+        for key, statistics in self.statistics.items():
+            if key in self.cameras:
+                film, values = episode[key]
+                path = self.info["video_path"].format(video_key=key, chunk_index=chunk, file_index=file)
+                write(self.root / path, partial(Path.write_bytes, data=film))
+                row |= {f"videos/{key}/chunk_index": chunk, f"videos/{key}/file_index": file}
+                row |= {f"videos/{key}/from_timestamp": 0.0, f"videos/{key}/to_timestamp": length / POLICY_HZ}
+            else:
+                columns[key], values = to_column(episode[key]), describe(episode[key].reshape(length, -1))
+            statistics.append(values)
             row |= {f"stats/{key}/{name}": value for name, value in self.to_lists(key, values).items()}
-        for key, values in data.items():
-            self.frames[key].append(values)
         total = index + 1
         self.info |= {"total_episodes": total, "total_frames": start + length, "splits": {"train": f"0:{total}"}}
-        return pa.table({key: to_column(values) for key, values in data.items()}), row
+        return pa.table(columns), row
 
     def to_lists(self, key: str, statistics: dict[str, np.ndarray]) -> dict[str, list]:
-        """Statistics as lists; those of a camera (3, 1, 1), by channel, row and column."""
-        shape = (3, 1, 1) if key in self.cameras else (-1,)
+        """Statistics as lists; those of a camera are (3, 1, 1), by channel, row and column, but for the count."""
+        shape = (3, 1, 1) if key in self.cameras else -1
         return {name: value.reshape(-1 if name == "count" else shape).tolist() for name, value in statistics.items()}
 
 
