@@ -249,7 +249,7 @@ def describe(values: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def merge(statistics: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Statistics of several episodes as one's; exact but for the quantiles, which are the mean of theirs, as LeRobot's."""
+    """Statistics of several episodes as one's; exact but for the quantiles, the mean of theirs, as LeRobot has them."""
     parts = {name: np.stack([one[name] for one in statistics]) for name in statistics[0]}  # (episodes, size)
     share = parts["count"] / parts["count"].sum()
     merged = {name: (share * values).sum(0) for name, values in parts.items()}
@@ -452,6 +452,14 @@ def encode(frames: list[np.ndarray]) -> tuple[bytes, dict[str, np.ndarray]]:
 # Recording
 
 
+def draw_noise(seed: int, steps: int, std: float, correlation: float) -> np.ndarray:
+    """The noise of an episode, (steps, 6), in units of the action: autoregressive, stationary from the first step."""
+    noise = std * np.random.default_rng([seed, 2]).normal(size=(steps, len(JOINTS)))  # [seed, 1] is eval.py's
+    for step in range(1, steps):
+        noise[step] = correlation * noise[step - 1] + np.sqrt(1.0 - correlation**2) * noise[step]
+    return noise
+
+
 def record_episodes(
     policy,
     envs: PaperSquareVectorEnv,
@@ -473,20 +481,18 @@ def record_episodes(
     seeds = first_seed + np.arange(num_envs)
     next_seed, released, finished = first_seed + num_envs, first_seed, {}  # finished: by seed, until it is its turn
     kept, failures = 0, 0  # failures: in a row
-    buffers, films = {}, [{camera: [] for camera in cameras} for _ in range(num_envs)]
-    length, noise, rngs = np.zeros(num_envs, dtype=np.int64), np.zeros((num_envs, len(JOINTS))), [None] * num_envs
     active, fresh = np.ones(num_envs, dtype=bool), np.ones(num_envs, dtype=bool)
+    frames, films = [[] for _ in seeds], [{} for _ in seeds]  # of the episodes that are being played
+    noise = np.zeros((num_envs, envs.max_episode_steps, len(JOINTS)))
     while active.any() and not stop():
         if fresh.any():
             if seeds[fresh].max() >= VALIDATION_SEED:
                 raise ValueError(f"the seeds reach {VALIDATION_SEED}, where held-out episodes begin")
             obs, _ = envs.reset(seed=seeds.tolist(), options={"reset_mask": fresh})
             policy.reset(fresh)
-            length[fresh] = 0
             for i in np.flatnonzero(fresh):
-                rngs[i] = np.random.default_rng([seeds[i], 2])  # [seed, 1] are eval.py's disturbances
-                noise[i] = noise_std * rngs[i].normal(size=len(JOINTS))
-                films[i] = {camera: [] for camera in cameras}
+                frames[i], films[i] = [], {camera: [] for camera in cameras}
+                noise[i] = draw_noise(seeds[i], envs.max_episode_steps, noise_std, noise_correlation)
         for i in np.flatnonzero(active):
             for camera, film in films[i].items():
                 film.append(envs.render_frame(i, camera))
@@ -496,7 +502,8 @@ def record_episodes(
         joint_target = si[:, OBS["joint_pos"]] + si[:, OBS["joint_target_error"]]  # (num_envs, 6), rad
         wanted = np.clip(joint_target + envs.act_scale * action, envs.ctrl_low, envs.ctrl_high)
         state, environment_state = to_lerobot(obs)
-        obs, rewards, terminations, truncations, _ = envs.step(action + noise)
+        executed = action + noise[np.arange(num_envs), [len(steps) for steps in frames]]
+        obs, rewards, terminations, truncations, _ = envs.step(executed)
         verdict = getattr(policy, "verdict", "")
         done = terminations | truncations | bool(verdict)
         frame = {
@@ -507,23 +514,17 @@ def record_episodes(
             "next.done": done,
             "next.success": terminations,
         }
-        for key, values in frame.items():
-            if key not in buffers:
-                buffers[key] = np.zeros((num_envs, envs.max_episode_steps, *values.shape[1:]), dtype=values.dtype)
-            buffers[key][active, length[active]] = values[active]
-        length[active] += 1
-        for i in np.flatnonzero(active):  # an autoregressive process that is stationary from the first step
-            step = noise_std * rngs[i].normal(size=len(JOINTS))
-            noise[i] = noise_correlation * noise[i] + np.sqrt(1.0 - noise_correlation**2) * step
+        for i in np.flatnonzero(active):
+            frames[i].append({key: values[i] for key, values in frame.items()})
 
         ended = np.flatnonzero(done & active)
         for i in ended:
             keep = (terminations[i] or not only_successes) and verdict != "discard"
-            kept += keep
-            episode = {key: values[i, : length[i]].copy() for key, values in buffers.items()}
             if keep:
+                episode = {key: np.stack([step[key] for step in frames[i]]) for key in frame}
                 episode |= {f"observation.images.{camera}": encode(film) for camera, film in films[i].items()}
             finished[int(seeds[i])] = {**episode, "seed": int(seeds[i])} if keep else None
+            frames[i], kept = [], kept + keep
         active[ended] = False
         # One more only if it is wanted: what was played are then the same episodes whatever num_envs
         restarted = ended[: num_episodes - kept - active.sum()]
@@ -534,9 +535,9 @@ def record_episodes(
         envs.paused[:] = ~active
         while released in finished:
             episode = finished.pop(released)
-            failures = 0 if episode or verdict else failures + 1
-            yield episode
             released += 1
+            failures = 0 if episode else failures + 1
+            yield episode
             if failures == GIVE_UP:
                 raise ValueError(f"{GIVE_UP} episodes in a row failed, too many for --only-successes")
 
