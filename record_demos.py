@@ -344,8 +344,8 @@ class Dataset:
         }
         for folder, count in counts.items():
             for path in (self.root / folder).glob("chunk-*/file-*"):
-                chunk, file = (int(name[6:9]) for name in (path.parent.name, "-" + path.name))
-                if PER_FOLDER * chunk + file >= count or path.suffix == ".tmp":
+                number = PER_FOLDER * int(path.parent.name[6:]) + int(path.name[5:8])  # chunk-000/file-000.parquet
+                if number >= count or path.suffix == ".tmp":
                     path.unlink()
 
     def episodes_path(self, number: int) -> Path:
@@ -364,10 +364,11 @@ class Dataset:
             return
         if not self.info_path.exists():
             write_json(self.info_path, self.info)  # of no episodes yet: whatever follows belongs to a dataset
-        tables, rows = zip(*(self.lay_out(episode) for episode in self.pending), strict=True)
+        pending, self.pending = self.pending, []
+        tables, rows = zip(*(self.lay_out(episode) for episode in pending), strict=True)
         chunk, file = divmod(self.num_files, PER_FOLDER)
         write_parquet(self.root / self.info["data_path"].format(chunk_index=chunk, file_index=file), tables)
-        seeds = json.dumps([episode["seed"] for episode in self.pending])
+        seeds = json.dumps([episode["seed"] for episode in pending])
         write_parquet(
             self.episodes_path(self.num_files), [pa.Table.from_pylist(rows).replace_schema_metadata({"seeds": seeds})]
         )
@@ -375,7 +376,7 @@ class Dataset:
         merged = {key: self.to_lists(key, merge(statistics)) for key, statistics in self.statistics.items()}
         write_json(self.root / "meta" / "stats.json", merged)
         write_json(self.info_path, self.info)
-        self.pending, self.num_files = [], self.num_files + 1
+        self.num_files += 1
 
     def lay_out(self, episode: dict) -> tuple[pa.Table, dict]:
         """Number an episode and count it in; returns its frames and its row of meta/episodes, and writes its videos."""
@@ -650,20 +651,21 @@ if __name__ == "__main__":
     noise, cameras = (args.noise_std, args.noise_correlation), CAMERAS if args.videos else ()
     task = (first_seed, args.num_episodes, args.only_successes)
     try:
-        for episode in record_episodes(policy, envs, *task, *noise, cameras, stop):
-            if episode is None:
-                dropped += 1
-                bar.set_postfix(dropped=dropped)
-                continue
-            dataset.add(episode)
-            lengths.append(len(episode["action"]))
-            successes += bool(episode["next.success"][-1])
-            bar.update()
-    except (ValueError, RuntimeError, OSError) as error:
-        trouble = str(error)
-    try:
-        dataset.flush()
+        try:
+            for episode in record_episodes(policy, envs, *task, *noise, cameras, stop):
+                if episode is None:
+                    dropped += 1
+                    bar.set_postfix(dropped=dropped)
+                    continue
+                dataset.add(episode)
+                lengths.append(len(episode["action"]))
+                successes += bool(episode["next.success"][-1])
+                bar.update()
+        finally:
+            dataset.flush()
     except OSError as error:
+        fail(f"cannot write on: {error}; {args.output_dir} holds the episodes that were written before")
+    except ValueError as error:
         trouble = str(error)
     bar.close()
     envs.close()
