@@ -191,7 +191,9 @@ def test_stats_json_covers_all_frames(written, episodes):
         for name in ("min", "max", "mean", "std", "count"):
             assert_allclose(stats[key][name], expected[name], atol=1e-9)
         for name, q in QUANTILES.items():  # as LeRobot merges them
-            parts = [np.quantile(episode[key].astype(float), q, axis=0) * len(episode[key]) / 201 for episode in episodes]
+            parts = [
+                np.quantile(episode[key].astype(float), q, axis=0) * len(episode[key]) / 201 for episode in episodes
+            ]
             assert_allclose(stats[key][name], np.ravel(np.sum(parts, axis=0)), atol=1e-6)
     assert stats["index"]["max"] == [200] and stats["episode_index"]["max"] == [6]
 
@@ -351,7 +353,7 @@ def test_replaying_the_recorded_targets_gives_the_recorded_states(seed):
 
 
 def test_success_is_recorded_on_the_last_frame():
-    (episode,) = [e for e in record(12, 4, steps=400, only_successes=True, seed=0) if e][:1] or [None]
+    episode = record(1, 2, steps=400, only_successes=True)[-1]
     assert episode["next.success"].sum() == 1 and episode["next.success"][-1]
     assert episode["next.done"].sum() == 1 and episode["next.done"][-1]
 
@@ -510,7 +512,7 @@ def test_a_recording_killed_at_any_write_can_be_read_and_continued(tmp_path, mon
 
 
 def start(folder, flags):
-    command = [sys.executable, str(ROOT / "record_demos.py"), "--policy", "jacobian", "--num-threads", "1"]
+    command = [sys.executable, str(ROOT / "record_demos.py"), "--num-threads", "1"]
     process = subprocess.Popen(
         [*command, "--output-dir", str(folder), *shlex.split(flags)],
         stdout=subprocess.PIPE,
@@ -524,7 +526,7 @@ def start(folder, flags):
 
 
 def test_kill_9_leaves_a_dataset_that_append_continues(tmp_path, monkeypatch):
-    process = start(tmp_path / "demos", "--num-episodes 5000 --num-envs 32")
+    process = start(tmp_path / "demos", "--num-episodes 5000")
     time.sleep(1.0)
     process.kill()
     process.wait()
@@ -533,14 +535,14 @@ def test_kill_9_leaves_a_dataset_that_append_continues(tmp_path, monkeypatch):
     total = info["total_episodes"]
     if total:
         assert load_demos(tmp_path / "demos")["episode"][-1] == total - 1
-    assert run_cli("--policy jacobian --append --num-episodes 2", monkeypatch, tmp_path) == 0
+    assert run_cli("--append --num-episodes 2", monkeypatch, tmp_path) == 0
     assert load_demos(tmp_path / "demos")["episode"][-1] == total + 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_recording_with_whole_episodes(tmp_path, number):
-    process = start(tmp_path / "demos", "--num-episodes 5000 --num-envs 32")
-    time.sleep(0.3)
+    process = start(tmp_path / "demos", "--num-episodes 5000")
+    time.sleep(0.1)
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 128 + number and "Traceback" not in err
@@ -647,7 +649,8 @@ def test_a_key_moves_the_arm_by_its_motion(name, home_obs):
     small = motion * 0.1
     action = motion_to_action(home_obs, small[None], 0.02, ArmKinematics())
     assert np.abs(action).max() < 1.0
-    assert_allclose(moved_by(home_obs, action, ArmKinematics())[0], small, atol=0.06 * np.abs(small).max())
+    error = np.abs(moved_by(home_obs, action, ArmKinematics())[0] - small)
+    assert error[:3].max() < 3e-5 and error[3:].max() < 5e-4  # m, rad
 
 
 def test_other_keys_do_nothing():
