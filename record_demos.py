@@ -31,14 +31,7 @@ import tyro
 from gymnasium.vector import AutoresetMode
 from tqdm import tqdm
 
-from base_policies import (
-    ENV_STATE,
-    ArmKinematics,
-    JacobianIKPolicy,
-    joints_to_lerobot,
-    make_base_policy,
-    to_lerobot,
-)
+from base_policies import ENV_STATE, ArmKinematics, JacobianIKPolicy, joints_to_lerobot, make_base_policy, to_lerobot
 from env_paper_square import JOINTS, OBS, PaperSquareVectorEnv, to_si
 from eval import POLICY_HZ, VALIDATION_SEED, check_rendering, fail, load_checkpoint
 
@@ -49,7 +42,6 @@ GIVE_UP = 200  # failures in a row
 QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
 STATISTICS = ("min", "max", "mean", "std", "count", *QUANTILES)
 PER_FOLDER = 1000  # files, LeRobot's chunks_size
-ROOT = Path(__file__).resolve().parent
 
 # Keys of the teleoperation by their GLFW codes: name, what it does, axis of the motion, sign. MuJoCo's passive viewer
 # binds none of them: it has the letters, 0 to 5, brackets and function keys, and Page Up only for a selected body.
@@ -78,11 +70,10 @@ TELEOP_DAMPING = 0.003  # m
 class Args:
     output_dir: str = "demos"
     """folder of the dataset; must be new or empty, unless --append"""
-    model_path: str = str(ROOT / "assets" / "ppo_residual.pt")
-    """checkpoint of the policy to record, plays its mean action"""
+    model_path: str = "assets/ppo_residual.pt"
+    """checkpoint of the policy to record, which plays its mean action"""
     policy: str = ""
-    """base policy to record instead: zero, jacobian, hybrid, or il, which is the checkpoint of act.py or
-    diffusion_policy.py in --model-path"""
+    """base policy to record instead: zero, jacobian, hybrid, or il (--model-path is then of an imitation script)"""
     teleop: Literal["", "keyboard"] = ""
     """record a person instead, who drives the arm in MuJoCo's viewer; the keys are printed"""
     num_episodes: int = 50
@@ -294,7 +285,7 @@ class Dataset:
         self.root, self.flush_every, self.info_path = root, flush_every, root / "meta" / "info.json"
         self.cameras = [key for key, feature in features.items() if feature["dtype"] == "video"]
         self.pending, self.num_files, self.next_seed = [], 0, 0
-        self.statistics = {key: [] for key in features}  # of every episode
+        self.statistics = {key: [] for key in features}  # of all until the last flush as one, of every episode since
         path = "chunk-{chunk_index:03d}/file-{file_index:03d}"
         self.info = {
             "codebase_version": "v3.0",
@@ -373,7 +364,8 @@ class Dataset:
             self.episodes_path(self.num_files), [pa.Table.from_pylist(rows).replace_schema_metadata({"seeds": seeds})]
         )
         write_parquet(self.root / "meta" / "tasks.parquet", [tasks_table()])
-        merged = {key: self.to_lists(key, merge(statistics)) for key, statistics in self.statistics.items()}
+        self.statistics = {key: [merge(statistics)] for key, statistics in self.statistics.items()}
+        merged = {key: self.to_lists(key, statistics) for key, (statistics,) in self.statistics.items()}
         write_json(self.root / "meta" / "stats.json", merged)
         write_json(self.info_path, self.info)
         self.num_files += 1

@@ -61,6 +61,8 @@ def run_cli(flags, monkeypatch, folder):
     """Run record_demos.py as `python record_demos.py flags` would, in `folder`; returns the exit code."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["record_demos.py", *shlex.split(flags), "--num-threads", "1"])
+    if not (folder / "assets").exists():
+        (folder / "assets").symlink_to(ROOT / "assets")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         runpy.run_path(str(ROOT / "record_demos.py"), run_name="__main__")
@@ -505,6 +507,11 @@ def test_a_recording_killed_at_any_write_can_be_read_and_continued(tmp_path, mon
         if not reference.exists():
             save(reference, episodes[:6])
         assert {name for name in files_of(root) if not name.endswith(".tmp")} == set(files_of(reference))
+        stats, expected = (json.loads((path / "meta" / "stats.json").read_text()) for path in (root, reference))
+        for key in expected:
+            for name, values in expected[key].items():
+                assert_allclose(stats[key][name], values, atol=1e-9)
+        (reference / "meta" / "stats.json").write_bytes((root / "meta" / "stats.json").read_bytes())  # but for rounding
         assert files_of(reference).items() <= files_of(root).items()
         moment += 1
     assert moment == 11 and outcomes[3] >= 4  # info.json, then five files per flush
@@ -515,6 +522,7 @@ def start(folder, flags):
     command = [sys.executable, str(ROOT / "record_demos.py"), "--num-threads", "1"]
     process = subprocess.Popen(
         [*command, "--output-dir", str(folder), *shlex.split(flags)],
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -599,7 +607,7 @@ def test_mistakes_are_told_in_one_line_and_write_nothing(tmp_path, monkeypatch, 
     assert run_cli(flags, monkeypatch, tmp_path) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
-    assert list(files_of(tmp_path)) == ["file"] and not (tmp_path / "demos").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["assets", "file"] and not (tmp_path / "demos").exists()
 
 
 # Teleoperation
