@@ -439,6 +439,27 @@ def test_append_goes_on_and_leaves_what_is_there(dataset, episodes, written):
     assert stats["count"] == [261]
 
 
+def test_append_clears_away_what_info_json_does_not_count(dataset):
+    before = files_of(dataset)
+    stray = [
+        "data/chunk-000/file-003.parquet",
+        "data/chunk-001/file-000.parquet",
+        "data/chunk-000/file-001.parquet.tmp",
+    ]
+    stray += ["meta/episodes/chunk-000/file-004.parquet", "meta/episodes/chunk-000/file-003.parquet.tmp"]
+    for name in [*stray, "notes.txt", "data/notes.txt"]:
+        (dataset / name).parent.mkdir(exist_ok=True)
+        (dataset / name).write_text("PAR1")
+    rows = pq.read_table(dataset / "meta" / "episodes" / "chunk-000" / "file-002.parquet")
+    rows = rows.set_column(0, "episode_index", pa.array([7]))
+    pq.write_table(rows, dataset / "meta" / "episodes" / "chunk-000" / "file-004.parquet")
+    assert load_demos(dataset)["episode"][-1] == 6
+    Dataset(dataset, make_features(), append=True)
+    after = files_of(dataset)
+    assert {after.pop("notes.txt"), after.pop("data/notes.txt")} == {b"PAR1"}  # not ours
+    assert after == before
+
+
 def test_an_existing_folder_is_refused_without_append(dataset, tmp_path):
     before = files_of(dataset)
     with pytest.raises(ValueError, match="not empty.*--append"):
