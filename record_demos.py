@@ -25,6 +25,7 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import tyro
@@ -192,7 +193,7 @@ def read_frames(root: Path, info: dict, sizes: dict[str, int], num_episodes: int
     names = [info["data_path"].format(chunk_index=chunk, file_index=file) for chunk, file in dict.fromkeys(files)]
     columns = list(dict.fromkeys(["episode_index", "frame_index", *sizes]))
     table = pa.concat_tables(pq.read_table(root / name, columns=columns).replace_schema_metadata() for name in names)
-    table = table.filter(pa.compute.less(table["episode_index"], num_episodes))
+    table = table.filter(pc.less(table["episode_index"], num_episodes))
     begins = np.repeat(np.cumsum(lengths) - lengths, lengths)
     if not (
         np.array_equal(table["episode_index"], np.repeat(np.arange(num_episodes), lengths))
@@ -202,8 +203,10 @@ def read_frames(root: Path, info: dict, sizes: dict[str, int], num_episodes: int
     arrays = {}
     for key, size in sizes.items():
         column = table[key].combine_chunks()
-        values = column.flatten() if pa.types.is_nested(column.type) else column
-        if column.null_count or values.null_count or len(values) != size * len(table):
+        nested = pa.types.is_nested(column.type)
+        values = column.flatten() if nested else column
+        lengths = pc.unique(pc.list_value_length(column)).to_pylist() if nested else [1]
+        if values.null_count or lengths != [size]:
             raise ValueError(f"its data of {key} does not have {size} values in every frame")
         arrays[key] = values.to_numpy(zero_copy_only=False).reshape((-1, size) if size > 1 else -1)
     return arrays

@@ -289,6 +289,9 @@ DAMAGE = {
     "no feature": lambda root: edit_features(root, lambda features: features.pop("observation.environment_state")),
     "other shape": lambda root: edit_features(root, lambda features: features["action"].update(shape=[7])),
     "shape without data": lambda root: edit_data(root, "action", lambda column: pa.array([[1.0]] * len(column))),
+    "ragged": lambda root: edit_data(
+        root, "action", lambda c: pa.array([[0.0] * 5, [0.0] * 7, *c.to_pylist()[2:]], pa.list_(pa.float32()))
+    ),
     "null": lambda root: edit_data(root, "action", lambda c: pa.array([None, *c.to_pylist()[1:]], c.type)),
     "NaN": lambda root: edit_data(root, "observation.state", with_nan),
     "text": lambda root: edit_data(root, "action", lambda column: pa.array([["a"] * 6] * len(column))),
