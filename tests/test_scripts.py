@@ -20,6 +20,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import act
+import base_policies
 import eval as evaluation
 import ppo
 import ppo_residual
@@ -154,6 +156,66 @@ def test_replay_holds_whole_transitions_and_never_mixes_episodes(monkeypatch, tm
     seen = {tuple(round(value, 4) for value in row) for row in torch.stack(columns, 1).tolist()}
     # environment, step of the observation and of the one bootstrapped from, sum of rewards, discount
     assert seen == {(0, 0, 2, 2.8, 0.81), (0, 1, 2, 2, 0.9), (1, 0, 3, 5.23, 0), (1, 1, 3, 4.7, 0), (1, 2, 3, 3, 0)}
+
+
+class DiaryBase:
+    """A base policy that writes down what each environment is asked: the step in its episode, or "reset"."""
+
+    def __init__(self):
+        self.diary = {0: [], 1: []}
+
+    def __call__(self, obs, mask=None):
+        ids = range(len(obs)) if mask is None else np.flatnonzero(mask)
+        for i, row in zip(ids, obs, strict=True):
+            assert row[1] == i  # the environment's own observation
+            self.diary[i].append(int(row[0]))
+        return np.zeros((len(obs), 6))
+
+    def reset(self, mask):
+        for i in np.flatnonzero(mask):
+            self.diary[i].append("reset")
+
+
+@pytest.mark.parametrize("name", ["ppo_residual.py", "sac_residual.py"])
+def test_base_is_asked_about_each_environment_once_per_step_and_in_order(name, monkeypatch, tmp_path):
+    base = DiaryBase()
+    monkeypatch.setattr(base_policies, "make_base", lambda args, il_state=None: base)
+
+    def validate(policy, checkpoint, num_episodes, elapsed, evaluations, run_dir):  # would ask it too
+        evaluations.append({"eval_seconds": 0.0})
+        return {"success_rate": 0.0}
+
+    monkeypatch.setattr(evaluation, "validate", validate)
+    monkeypatch.setattr(evaluation, "report", lambda *args, **kwargs: {})
+    flags = "--total-timesteps 12 --num-steps 6 --minibatch-size 12 --update-epochs 1"
+    if name == "sac_residual.py":
+        flags = "--total-timesteps 12 --learning-starts 100"
+    run_toy(name, flags, monkeypatch, tmp_path)
+    truncated, terminated = [0, 1, 2, "reset"], [0, 1, 2, "reset"]  # the last observation too, for its value
+    if name == "sac_residual.py":
+        terminated = [0, 1, 2, 3, "reset"]  # stored, though its value does not count
+    assert base.diary[0] == ["reset", *truncated * 3, 0]
+    assert base.diary[1] == ["reset", *terminated * 2, 0]
+
+
+@pytest.mark.parametrize("name", ["ppo_residual.py", "sac_residual.py"])
+def test_a_checkpoint_holds_its_imitation_learned_base(name, monkeypatch, tmp_path):
+    act_args = act.Args(dim_model=8, n_heads=2, dim_feedforward=8)
+    path = tmp_path / "act.pt"
+    torch.save(act.make_checkpoint(act_args, act.Network(act_args), 1), path)
+    for flags in (
+        f"--base-policy il --il-checkpoint {path}",
+        f"--base-policy hybrid --hybrid-bases jacobian il --il-checkpoint {path}",
+    ):
+        script = run_script(name, f"{TINY[name]} {flags} --exp-name {len(flags)}", monkeypatch, tmp_path)
+        policies = [script["policy"]]
+        content = path.read_bytes()
+        path.unlink()
+        base_policies.load_il.cache_clear()
+        policies.append(script["make_policy"](evaluation.load_checkpoint(script["run_dir"] / "last.pt")))
+        one, other = (evaluation.play_episodes(policy, [5], {"max_episode_steps": 20}) for policy in policies)
+        assert one["return"] == other["return"] and one["moved_m"] == other["moved_m"]
+        path.write_bytes(content)
 
 
 def test_n_step_returns_are_hand_written_sums():
