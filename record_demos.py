@@ -32,7 +32,16 @@ import tyro
 from gymnasium.vector import AutoresetMode
 from tqdm import tqdm
 
-from base_policies import ENV_STATE, ArmKinematics, JacobianIKPolicy, joints_to_lerobot, make_base_policy, to_lerobot
+from base_policies import (
+    ENV_STATE,
+    ArmKinematics,
+    BaseFlags,
+    JacobianIKPolicy,
+    base_kwargs,
+    joints_to_lerobot,
+    make_base_policy,
+    to_lerobot,
+)
 from env_paper_square import JOINTS, OBS, PaperSquareVectorEnv, to_si
 from eval import POLICY_HZ, VALIDATION_SEED, check_rendering, fail, load_checkpoint
 
@@ -68,13 +77,13 @@ TELEOP_DAMPING = 0.003  # m
 
 
 @dataclass
-class Args:
+class Args(BaseFlags):
     output_dir: str = "demos"
     """folder of the dataset; must be new or empty, unless --append"""
     model_path: str = "assets/ppo_residual.pt"
     """checkpoint of the policy to record, which plays its mean action"""
     policy: str = ""
-    """base policy to record instead: zero, jacobian, hybrid, or il (--model-path is then of an imitation script)"""
+    """base policy to record instead: zero, jacobian, hybrid or il"""
     teleop: Literal["", "keyboard"] = ""
     """record a person instead, who drives the arm in MuJoCo's viewer; the keys are printed"""
     num_episodes: int = 50
@@ -614,7 +623,7 @@ if __name__ == "__main__":
         if args.teleop:
             env_kwargs |= {"render_mode": "human", "max_episode_steps": TELEOP_STEPS}
         elif args.policy:
-            policy = make_base_policy(args.policy, il_checkpoint=args.model_path)
+            policy = make_base_policy(args.policy, **base_kwargs(args))
         else:
             checkpoint = load_checkpoint(args.model_path)
             policy = importlib.import_module(checkpoint["script"]).make_policy(checkpoint)
