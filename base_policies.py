@@ -361,22 +361,22 @@ class LeRobotNetwork:
     def __init__(self, files: dict[str, torch.Tensor]):
         config = check_lerobot(files)
         try:
+            from draccus import decode
             from lerobot.configs.policies import PreTrainedConfig
             from lerobot.policies.factory import get_policy_class, make_pre_post_processors
             from safetensors.torch import load_model
         except ImportError as error:
             raise ValueError(
-                f"a LeRobot policy needs LeRobot ({str(error).splitlines()[0]}): in an environment of its own, "
-                "pip install lerobot==0.4.4 and what this project needs beside its torch"
+                "a LeRobot policy needs LeRobot: pip install lerobot==0.4.4, in an environment of its own that "
+                f"tests/test_lerobot.py describes ({str(error).splitlines()[0]})"
             ) from error
         # The training's own random numbers go on as if this were not
         with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
             for name, content in files.items():
                 content.numpy().tofile(Path(folder, name))
-            Path(folder, "config.json").write_text(json.dumps({**config, "device": "cpu"}))
             try:
-                self.config = PreTrainedConfig.from_pretrained(folder)
-                self.policy = get_policy_class(self.config.type)(self.config).eval()
+                self.config = decode(PreTrainedConfig, {**config, "device": "cpu"})
+                self.policy = get_policy_class(self.config.type)(self.config).eval().requires_grad_(False)
                 load_model(self.policy, Path(folder, "model.safetensors"))  # strict, as from_pretrained is not
                 self.pre, self.post = make_pre_post_processors(
                     self.config, folder, preprocessor_overrides={"device_processor": {"device": "cpu"}}
