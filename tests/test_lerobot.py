@@ -190,7 +190,7 @@ def test_a_processor_that_would_import_or_download_is_refused(folder, step, mess
 
 def test_without_lerobot_the_error_says_how_to_get_it(folder, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "lerobot", None)  # as if it were not installed
-    refused(folder, r"needs LeRobot .*pip install lerobot==0\.4\.4")
+    refused(folder, r"needs LeRobot: pip install lerobot==0\.4\.4")
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     for script, flag in (("eval.py", "--policy"), ("ppo_residual.py", "--base-policy")):
