@@ -337,11 +337,31 @@ def test_a_residual_checkpoint_plays_when_the_folder_is_gone(trained, tmp_path):
     assert_array_equal(policy.base_policy(observations), expected)
 
 
-def test_weights_that_do_not_fit_are_refused(trained):
-    files = load_il(str(trained))["files"]
+def edited(state, name, edit):
+    """The state with another content of one of its JSON files."""
+    content = json.dumps(edit(json.loads(bytes(state["files"][name].tolist())))).encode()
+    return {**state, "files": state["files"] | {name: torch.frombuffer(bytearray(content), dtype=torch.uint8)}}
+
+
+def test_a_policy_trained_on_a_gpu_plays_on_the_cpu(trained):
+    state = load_il(str(trained))
+    steps = [{"registry_name": "device_processor", "config": {"device": "cuda"}}]
+    moved = edited(state, "config.json", lambda config: config | {"device": "cuda"})
+    moved = edited(moved, "policy_preprocessor.json", lambda pre: pre | {"steps": steps + pre["steps"]})
+    inputs = torch.ones(2, 6), torch.ones(2, 14)
+    assert torch.equal(load_network(moved).predict(*inputs), load_network(state).predict(*inputs))
+
+
+@pytest.mark.parametrize("trained", ["ensemble"], indirect=True)
+def test_an_ensemble_coefficient_of_zero_is_the_plain_mean_as_it_is_to_lerobot(trained):
+    ensemble = {"n_action_steps": 1, "temporal_ensemble_coeff": 0.0}
+    network = load_network(edited(load_il(str(trained)), "config.json", lambda config: config | ensemble))
+    assert 0.0 < network.temporal_ensemble_coeff < 1e-6  # here, 0.0 is no ensemble
+
+
+def test_what_does_not_fit_the_weights_is_refused(trained):
     for name, value in (("dim_model", 64), ("down_dims", [16, 64]), ("horizon", "x"), ("unheard_of", 1)):
-        changed = json.loads(bytes(files["config.json"].tolist())) | {name: value}
-        content = torch.frombuffer(bytearray(json.dumps(changed).encode()), dtype=torch.uint8)
+        changed = edited(load_il(str(trained)), "config.json", lambda config, new={name: value}: config | new)
         with pytest.raises(ValueError, match="LeRobot cannot load the policy") as error:
-            load_network({"script": "lerobot", "files": files | {"config.json": content}})
+            load_network(changed)
         assert len(str(error.value).splitlines()) == 1
