@@ -301,25 +301,30 @@ def read_folder(folder: Path) -> dict:
     return {"script": "lerobot", "files": files}
 
 
+def parse_lerobot(name: str, content: torch.Tensor):
+    """A LeRobot folder's file from its bytes: a .json parsed, of a .safetensors the header; raises ValueError if cut."""
+    data = content.numpy().tobytes()
+    if name.endswith(".json"):
+        return json.loads(data)
+    start = 8 + int.from_bytes(data[:8], "little")  # size of the header; it says where each tensor ends, from its end
+    header = json.loads(data[8:start])
+    end = start + max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
+    if len(data) != end:
+        raise ValueError(f"{len(data)} bytes instead of {end}")
+    return header
+
+
 def check_lerobot(files: dict[str, torch.Tensor]) -> dict:
     """The config.json of a LeRobot folder's files; raises ValueError, in one line, if they cannot be played as a base.
 
-    It comes before LeRobot, which would import and download what they name, and takes what is missing for a wish.
+    It goes before LeRobot, which would import modules and download files that they name, and do without statistics.
     """
     if not set(LEROBOT_NEEDED) <= files.keys() or not all(LEROBOT_FILES.fullmatch(name) for name in files):
         raise ValueError(f"these are not the files of a LeRobot policy: {', '.join(map(repr, files))}")
     name, parsed = "", {}
     try:
         for name, content in files.items():
-            data = content.numpy().tobytes()
-            if name.endswith(".json"):
-                parsed[name] = json.loads(data)
-            else:  # safetensors: size of the header in 8 bytes, the header, which says where each tensor ends, tensors
-                start = 8 + int.from_bytes(data[:8], "little")
-                header = json.loads(data[8:start])
-                end = max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
-                if len(data) != start + end:
-                    raise ValueError(f"{len(data)} bytes instead of {start + end}")
+            parsed[name] = parse_lerobot(name, content)
         name = "config.json"
         config = parsed[name]
         features = {**config["input_features"], **config["output_features"]}
@@ -345,8 +350,8 @@ def check_lerobot(files: dict[str, torch.Tensor]) -> dict:
     for step, state_file in steps:
         if not LEROBOT_STEPS.fullmatch(str(step)):
             raise ValueError(f"the LeRobot policy has a processor that is not known here: {step!r}")
-        if state_file not in files and (state_file is not None or "normalizer" in step):
-            raise ValueError(f"the LeRobot policy lacks the statistics of its {step}: {state_file}")
+        if str(state_file) not in files and (state_file is not None or "normalizer" in step):
+            raise ValueError(f"the LeRobot policy lacks the statistics of its {step}: {state_file!r}")
     return config
 
 
@@ -445,7 +450,9 @@ def load_il(path: str) -> dict:
     Raises ValueError, with one line for the user, if there is none at `path`.
     """
     if not path:
-        raise ValueError("base policy 'il' needs --il-checkpoint: a .pt file of act.py or diffusion_policy.py")
+        raise ValueError(
+            "base policy 'il' needs --il-checkpoint: a .pt file of act.py or diffusion_policy.py, or a LeRobot folder"
+        )
     if Path(path).is_dir():
         return read_folder(Path(path))
     state = importlib.import_module("eval").load_checkpoint(path)
@@ -458,6 +465,8 @@ def load_network(state: dict):
     """The network of an imitation-learned checkpoint, with `predict`, `chunk_size`, `n_action_steps`, ..."""
     if state["script"] == "lerobot":
         return LeRobotNetwork(state["files"])
+    if state["script"] not in IL_SCRIPTS:  # a checkpoint does not get to choose what is imported
+        raise ValueError(f"the base comes from {state['script']!r}, not from one of {', '.join(IL_SCRIPTS)}")
     return importlib.import_module(state["script"]).make_network(state)
 
 

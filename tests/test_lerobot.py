@@ -149,6 +149,12 @@ def test_a_checkpoint_with_hostile_file_names_is_refused(folder, name):
         load_network({**state, "files": files})
 
 
+def test_a_checkpoint_does_not_choose_what_is_imported():
+    with pytest.raises(ValueError, match="the base comes from 'antigravity', not from one of act"):
+        load_network({"script": "antigravity"})
+    assert "antigravity" not in sys.modules
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -176,7 +182,7 @@ def test_a_policy_that_cannot_be_played_is_refused(folder, changes, message):
         ({"registry_name": "tokenizer_processor"}, "not known here: 'tokenizer_processor'"),
         ({}, "not known here: None"),
         ({"registry_name": "normalizer_processor"}, "lacks the statistics of its normalizer_processor: None"),
-        (normalizer("pre") | {"state_file": "other.safetensors"}, r"lacks the statistics .*: other\.safetensors"),
+        (normalizer("pre") | {"state_file": "other.safetensors"}, r"lacks the statistics .*: 'other\.safetensors'"),
         (normalizer("pre") | {"state_file": "../../other.safetensors"}, "lacks the statistics"),
     ],
 )
