@@ -302,11 +302,11 @@ def read_folder(folder: Path) -> dict:
 
 
 def parse_lerobot(name: str, content: torch.Tensor):
-    """A LeRobot folder's file from its bytes: a .json parsed, of a .safetensors the header; raises ValueError if cut."""
+    """A LeRobot folder's file from its bytes: a .json parsed, a .safetensors its header; raises ValueError if cut."""
     data = content.numpy().tobytes()
     if name.endswith(".json"):
         return json.loads(data)
-    start = 8 + int.from_bytes(data[:8], "little")  # size of the header; it says where each tensor ends, from its end
+    start = 8 + int.from_bytes(data[:8], "little")  # the header's size, the header, the tensors
     header = json.loads(data[8:start])
     end = start + max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
     if len(data) != end:
