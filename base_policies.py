@@ -297,7 +297,6 @@ def read_folder(folder: Path) -> dict:
     if size > LEROBOT_LIMIT:
         raise ValueError(f"{folder} holds {size / 2**20:.0f} MiB: at most {LEROBOT_LIMIT // 2**20} MiB can be a base")
     files = {path.name: torch.from_numpy(np.fromfile(path, dtype=np.uint8)) for path in paths}
-    check_lerobot(files)
     return {"script": "lerobot", "files": files}
 
 

@@ -184,6 +184,7 @@ def test_a_policy_that_cannot_be_played_is_refused(folder, changes, message):
         ({"registry_name": "normalizer_processor"}, "lacks the statistics of its normalizer_processor: None"),
         (normalizer("pre") | {"state_file": "other.safetensors"}, r"lacks the statistics .*: 'other\.safetensors'"),
         (normalizer("pre") | {"state_file": "../../other.safetensors"}, "lacks the statistics"),
+        ({"registry_name": "to_batch_processor", "state_file": "other.safetensors"}, "lacks the statistics"),
     ],
 )
 def test_a_processor_that_would_import_or_download_is_refused(folder, step, message):
