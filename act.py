@@ -15,13 +15,13 @@ import torch
 import torch.nn as nn
 import torch.optim as optim
 import tyro
+from record_demos import load_demos
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import trange
 
 from base_policies import FrozenILPolicy
 from env_paper_square import OBS, EnvArgs, eval_kwargs
 from eval import check_rendering, fail, report, validate
-from record_demos import load_demos
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Args:
     num_demos: int = 0
     """train on the first so many episodes of it; 0 takes all"""
     relative_actions: bool = True
-    """predict joint targets relative to the measured joints, which are small numbers; off: absolute, as LeRobot's ACT"""
+    """predict joint targets relative to the measured joints, which are small; off: absolute ones, as LeRobot does"""
 
     # Imitation
     train_steps: int = 5000
@@ -111,13 +111,15 @@ def check_args(args):
     if not 0.0 <= args.dropout < 1.0:
         raise ValueError(f"--dropout must lie in [0, 1), found {args.dropout}")
     if not 1 <= args.n_action_steps <= args.chunk_size:
-        raise ValueError(f"--n-action-steps must lie in 1 to --chunk-size {args.chunk_size}, found {args.n_action_steps}")
+        raise ValueError(
+            f"--n-action-steps must lie in 1 to --chunk-size {args.chunk_size}, found {args.n_action_steps}"
+        )
     if args.dim_model % args.n_heads:
         raise ValueError(f"--n-heads must divide --dim-model {args.dim_model}, found {args.n_heads}")
 
 
 class Normalizer(nn.Module):
-    """From LeRobot's units to zero mean and unit deviation over the demonstrations, and back; saved with the weights."""
+    """From LeRobot's units to zero mean, unit deviation over the demonstrations, and back; saved with the weights."""
 
     def __init__(self, relative_actions):
         super().__init__()
@@ -127,11 +129,11 @@ class Normalizer(nn.Module):
             self.register_buffer(f"{name}_std", torch.ones(size))
 
     def fit(self, state, environment_state, chunks, mask):
-        """Take the statistics of observations (N, 6), (N, 14) and what the mask (N, chunk_size) leaves of the chunks."""
+        """Take the statistics of observations (N, 6), (N, 14) and of what the mask (N, chunk_size) leaves of chunks."""
         actions = (chunks - state[:, None] * self.relative_actions)[mask]
         for name, x in (("state", state), ("environment_state", environment_state), ("action", actions)):
             std = x.std(0)
-            # What never varied, as tape_half_size, has weights that nothing trained: unscaled, it stays small if it does
+            # Weights of what never varied, as tape_half_size, are untrained: unscaled, it stays small if it does vary
             getattr(self, f"{name}_std").copy_(torch.where(std < 0.02, 1.0, std))
             getattr(self, f"{name}_mean").copy_(x.mean(0))
 

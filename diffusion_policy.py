@@ -1,0 +1,387 @@
+"""Diffusion policy (arXiv 2303.04137) imitates demonstrations: it denoises noise into a chunk of joint targets.
+A transformer learns to tell the noise (DDPM); DDIM (arXiv 2010.02502) acts in a few steps, from the same noise always.
+In N minutes on two cores, to N % of held-out episodes:
+    python record_demos.py --num-episodes 100 --output-dir demos
+    python diffusion_policy.py --dataset demos
+The policy is a base to be lifted: python ppo_residual.py --base-policy il --il-checkpoint runs/NAME/best.pt
+"""
+
+import copy
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.optim as optim
+import tyro
+from record_demos import load_demos
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import trange
+
+from base_policies import FrozenILPolicy
+from env_paper_square import OBS, EnvArgs, eval_kwargs
+from eval import check_rendering, fail, report, validate
+
+
+@dataclass
+class Args:
+    exp_name: str = Path(__file__).stem
+    """first part of the run's name; everything it writes is under runs/NAME"""
+    seed: int = 1
+    """seed of the network and the batches"""
+    torch_threads: int = 2
+    """torch's threads; there is no physics while it trains"""
+    num_threads: int = 0
+    """threads that step the physics of the evaluations; 0 takes all cores"""
+    track: bool = False
+    """also log to Weights & Biases"""
+    wandb_project: str = "paper-square"
+    """project to log to with --track"""
+    capture_video: bool = False
+    """film one held-out episode at the end"""
+    log_freq: int = 100
+    """gradient steps between rows of TensorBoard; the losses are means over them"""
+    eval_freq: int = 1000
+    """gradient steps between evaluations on held-out validation episodes"""
+    eval_episodes: int = 100
+    """episodes of each such evaluation"""
+    test_episodes: int = 200
+    """held-out test episodes of the table at the end"""
+
+    # Demonstrations
+    dataset: str = "demos"
+    """folder of the demonstrations, a LeRobotDataset v3.0"""
+    num_demos: int = 0
+    """train on the first so many episodes of it; 0 takes all"""
+    relative_actions: bool = True
+    """predict joint targets relative to the measured joints, which are small; off: absolute ones, as LeRobot does"""
+
+    # Imitation
+    train_steps: int = 5000
+    """gradient steps"""
+    batch_size: int = 128
+    """frames per gradient step, each with its chunk"""
+    learning_rate: float = 1e-3
+    """step size of AdamW"""
+    anneal_lr: bool = True
+    """anneal the step size linearly to zero"""
+    weight_decay: float = 1e-4
+    """weight decay of AdamW"""
+    chunk_size: int = 16
+    """joint targets that one observation predicts, k"""
+    n_action_steps: int = 8
+    """how many of them are played before the next prediction"""
+    dim_model: int = 96
+    """width of the transformers"""
+    n_heads: int = 4
+    """attention heads; must divide dim_model"""
+    dim_feedforward: int = 192
+    """width of their feed-forward layers"""
+    n_decoder_layers: int = 2
+    """layers that turn queries into actions, attending to the observation"""
+    dropout: float = 0.1
+    """dropout of the transformers"""
+
+    # Diffusion
+    num_train_timesteps: int = 100
+    """steps of the noising, K"""
+    num_inference_steps: int = 8
+    """steps of DDIM when it acts"""
+    ema_decay: float = 0.995
+    """decay per gradient step of the averaged weights, which are the ones that act and are saved"""
+
+
+def check_args(args):
+    """Raise ValueError, one line for the user, for values that do not fit."""
+    positive = ("torch_threads", "log_freq", "eval_freq", "eval_episodes", "test_episodes", "train_steps", "batch_size")
+    sizes = ("dim_model", "n_heads", "dim_feedforward", "n_decoder_layers", "chunk_size", "num_train_timesteps")
+    for name in (*positive, *sizes):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, found {getattr(args, name)}")
+    if not 0.0 < args.learning_rate < float("inf"):
+        raise ValueError(f"--learning-rate must be positive, found {args.learning_rate}")
+    for name in ("weight_decay", "num_threads", "num_demos", "seed"):
+        if not 0.0 <= getattr(args, name) < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative, found {getattr(args, name)}")
+    for name in ("dropout", "ema_decay"):
+        if not 0.0 <= getattr(args, name) < 1.0:
+            raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1), found {getattr(args, name)}")
+    if not 1 <= args.n_action_steps <= args.chunk_size:
+        raise ValueError(
+            f"--n-action-steps must lie in 1 to --chunk-size {args.chunk_size}, found {args.n_action_steps}"
+        )
+    if args.dim_model % args.n_heads:
+        raise ValueError(f"--n-heads must divide --dim-model {args.dim_model}, found {args.n_heads}")
+    if args.dim_model % 2:
+        raise ValueError(f"--dim-model must be even, found {args.dim_model}")
+    if not 1 <= args.num_inference_steps <= args.num_train_timesteps:
+        raise ValueError(
+            f"--num-inference-steps must lie in 1 to --num-train-timesteps {args.num_train_timesteps}, "
+            f"found {args.num_inference_steps}"
+        )
+
+
+class Normalizer(nn.Module):
+    """From LeRobot's units to zero mean, unit deviation over the demonstrations, and back; saved with the weights."""
+
+    def __init__(self, relative_actions):
+        super().__init__()
+        self.relative_actions = relative_actions
+        for name, size in (("state", 6), ("environment_state", 14), ("action", 6)):
+            self.register_buffer(f"{name}_mean", torch.zeros(size))
+            self.register_buffer(f"{name}_std", torch.ones(size))
+
+    def fit(self, state, environment_state, chunks, mask):
+        """Take the statistics of observations (N, 6), (N, 14) and of what the mask (N, chunk_size) leaves of chunks."""
+        actions = (chunks - state[:, None] * self.relative_actions)[mask]
+        for name, x in (("state", state), ("environment_state", environment_state), ("action", actions)):
+            std = x.std(0)
+            # Weights of what never varied, as tape_half_size, are untrained: unscaled, it stays small if it does vary
+            getattr(self, f"{name}_std").copy_(torch.where(std < 0.02, 1.0, std))
+            getattr(self, f"{name}_mean").copy_(x.mean(0))
+
+    def observation(self, state, environment_state):
+        """Normalised (n, 6) and (n, 14); clamped, because a residual takes its base where no demonstration has been."""
+        state = (state - self.state_mean) / self.state_std
+        environment_state = (environment_state - self.environment_state_mean) / self.environment_state_std
+        return state.clamp(-5.0, 5.0), environment_state.clamp(-5.0, 5.0)
+
+    def normalize(self, chunks, state):
+        """Chunks (n, chunk_size, 6) of absolute joint targets as the network predicts them, at the measured joints."""
+        return (chunks - state[:, None] * self.relative_actions - self.action_mean) / self.action_std
+
+    def unnormalize(self, chunks, state):
+        """The inverse of `normalize`."""
+        return chunks * self.action_std + self.action_mean + state[:, None] * self.relative_actions
+
+
+class Network(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.chunk_size, self.n_action_steps = args.chunk_size, args.n_action_steps
+        self.temporal_ensemble_coeff = 0.0
+        self.num_inference_steps, self.sample = args.num_inference_steps, False
+        dim, sizes = args.dim_model, (args.dim_model, args.n_heads, args.dim_feedforward, args.dropout)
+        options = {"batch_first": True, "norm_first": True}  # normalised first, it needs no warm-up
+        decoder_layer = nn.TransformerDecoderLayer(*sizes, **options)
+        norm = nn.LayerNorm(dim)
+        self.normalizer = Normalizer(args.relative_actions)
+
+        # Denoiser: a query per noisy action attends to time, state and environment_state
+        self.state_proj, self.environment_state_proj = nn.Linear(6, dim), nn.Linear(14, dim)
+        self.time_proj = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.token = nn.Parameter(0.02 * torch.randn(1, 3, dim))
+        self.query_proj = nn.Linear(6, dim)
+        self.query = nn.Parameter(0.02 * torch.randn(1, args.chunk_size, dim))
+        self.decoder = nn.TransformerDecoder(decoder_layer, args.n_decoder_layers, norm)
+        self.action_head = nn.Linear(dim, 6)
+
+        # What acting needs besides the weights. Always the same noise, from a generator of its own: the frozen policy
+        # is a function of the observation, whatever else is in the batch and whatever was drawn before
+        noise = torch.randn((1, args.chunk_size, 6), generator=torch.Generator().manual_seed(args.seed))
+        self.register_buffer("noise", noise)
+        self.register_buffer("low", torch.full((6,), -1.0))
+        self.register_buffer("high", torch.full((6,), 1.0))  # of the normalised actions of the demonstrations
+        self.register_buffer("alphas_cumprod", squared_cosine_schedule(args.num_train_timesteps), persistent=False)
+
+    def forward(self, x, timesteps, state, environment_state):
+        """The noise (n, chunk_size, 6) in noisy chunks x at timesteps (n,), by the observation, all normalised."""
+        frequencies = torch.exp(torch.linspace(0.0, -9.0, self.query.shape[2] // 2))  # 1 to 1e-4 rad per step
+        angles = timesteps[:, None] * frequencies
+        time_token = self.time_proj(torch.cat([angles.sin(), angles.cos()], dim=1))
+        tokens = [time_token, self.state_proj(state), self.environment_state_proj(environment_state)]
+        memory = torch.stack(tokens, dim=1) + self.token  # (n, 3, dim)
+        return self.action_head(self.decoder(self.query_proj(x) + self.query, memory))
+
+    def predict(self, state, environment_state):
+        """Chunks (n, chunk_size, 6) of absolute joint targets, in LeRobot's units as the observation is."""
+        observation = self.normalizer.observation(state, environment_state)
+        shape = len(state), *self.noise.shape[1:]
+        noise = torch.randn(shape) if self.sample else self.noise.expand(shape)
+
+        def predict_noise(x, t):
+            return self(x, torch.full((len(x),), t), *observation)
+
+        chunks = ddim(predict_noise, noise, self.alphas_cumprod, self.num_inference_steps, self.low, self.high)
+        return self.normalizer.unnormalize(chunks, state)
+
+
+def make_checkpoint(args, network, global_step):
+    """Everything that `make_policy` and eval.py need, as torch.load(weights_only=True) accepts it."""
+    return {
+        "script": Path(__file__).stem,
+        "args": asdict(args),
+        "env_kwargs": eval_kwargs(EnvArgs()),
+        "obs_names": list(OBS),
+        "model": network.state_dict(),
+        "global_step": global_step,
+    }
+
+
+def make_network(checkpoint):
+    """Rebuild the network from a checkpoint alone; raises ValueError if its parts do not fit."""
+    try:
+        args = Args(**checkpoint["args"])
+        check_args(args)
+        with torch.random.fork_rng(devices=[]):  # the training's own random numbers go on as if this were not
+            network = Network(args)
+        network.load_state_dict(checkpoint["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"checkpoint does not fit {Path(__file__).name}: {str(error).splitlines()[0]}") from error
+    return network.eval()
+
+
+def make_policy(checkpoint, sample=False):
+    """The policy of a checkpoint alone, its `sample` starting from new noise each time; raises as `make_network`."""
+    policy = FrozenILPolicy(checkpoint, checkpoint["env_kwargs"]["act_scale"])
+    policy.network.sample = sample
+    return policy
+
+
+def make_chunks(action, episode, chunk_size):
+    """For each frame the actions (N, chunk_size, 6) from it on, and which of them are real, (N, chunk_size) bool.
+
+    action (N, 6); episode (N,), ascending. Past its episode's end a chunk repeats the last action.
+    """
+    t = torch.arange(len(episode))[:, None] + torch.arange(chunk_size)
+    last = torch.searchsorted(episode, episode, right=True)[:, None] - 1  # (N, 1)
+    return action[t.minimum(last)], t <= last
+
+
+def masked_mean(errors, mask):
+    """Mean of errors (n, chunk_size, 6) over what the mask (n, chunk_size) leaves of the chunks."""
+    return errors[mask].mean()
+
+
+def squared_cosine_schedule(num_train_timesteps):
+    """alphas_cumprod (num_train_timesteps,), the share of the signal in the variance (arXiv 2102.09672, eq. 17)."""
+    t = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
+    f = torch.cos((t + 0.008) / 1.008 * torch.pi / 2).square()
+    betas = (1.0 - f[1:] / f[:-1]).clamp(max=0.999)
+    return (1.0 - betas).cumprod(0).float()
+
+
+def add_noise(x, noise, alpha_cumprod):
+    """Noisy chunks: what is left of x (n, chunk_size, 6) at alpha_cumprod (n, 1, 1), and the noise."""
+    return alpha_cumprod.sqrt() * x + (1.0 - alpha_cumprod).sqrt() * noise
+
+
+def ddim(predict_noise, x, alphas_cumprod, num_inference_steps, low, high):
+    """Chunks from noise x (n, chunk_size, 6) by DDIM with eta = 0, clipped on the way to low and high, (6,)."""
+    stride = len(alphas_cumprod) // num_inference_steps
+    # Begins one stride before the last timestep, which holds so little signal that any estimate of it is arbitrary
+    for t in range((num_inference_steps - 1) * stride, -1, -stride):
+        alpha = alphas_cumprod[t]
+        next_alpha = alphas_cumprod[t - stride] if t else torch.ones(())
+        estimate = (x - (1.0 - alpha).sqrt() * predict_noise(x, t)) / alpha.sqrt()
+        estimate = estimate.clamp(low, high)
+        noise = (x - alpha.sqrt() * estimate) / (1.0 - alpha).sqrt()  # that x would hold if the estimate were right
+        x = add_noise(estimate, noise, next_alpha)
+    return x
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    run_dir = Path("runs") / f"{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    try:
+        check_args(args)
+        demos = {key: torch.from_numpy(rows) for key, rows in load_demos(args.dataset, args.num_demos).items()}
+        if args.capture_video:
+            check_rendering()
+        if args.track:
+            import wandb
+        run_dir.mkdir(parents=True)
+    except ImportError:
+        fail("--track needs Weights & Biases: pip install wandb")
+    except (ValueError, RuntimeError, OSError) as error:
+        fail(str(error))
+    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1) + "\n")
+    if args.track:
+        wandb.init(project=args.wandb_project, name=run_dir.name, config=asdict(args), sync_tensorboard=True)
+    writer = SummaryWriter(run_dir)
+    writer.add_text("args", "\n".join(["|flag|value|", "|-|-|", *(f"|{k}|{v}|" for k, v in asdict(args).items())]))
+
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.torch_threads)
+
+    # The whole dataset in memory, as the network sees it
+    network = Network(args)
+    normalizer = network.normalizer
+    chunks, mask = make_chunks(demos["action"], demos["episode"], args.chunk_size)
+    normalizer.fit(demos["state"], demos["environment_state"], chunks, mask)
+    states, environment_states = normalizer.observation(demos["state"], demos["environment_state"])
+    chunks = normalizer.normalize(chunks, demos["state"])
+    network.low.copy_(chunks[mask].amin(0))
+    network.high.copy_(chunks[mask].amax(0))
+    ema = copy.deepcopy(network)
+    optimizer = optim.AdamW(network.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+
+    # Evaluation on validation episodes, before the first update and every eval_freq steps
+    evaluations = []
+
+    def evaluate(global_step):
+        checkpoint = make_checkpoint(args, ema, global_step)
+        elapsed = time.perf_counter() - start_time
+        row = validate(make_policy(checkpoint), checkpoint, args.eval_episodes, elapsed, evaluations, run_dir)
+        for key, value in row.items():
+            writer.add_scalar(f"eval/{key}", value, global_step)
+        writer.add_scalar("time/eval", evaluations[-1]["eval_seconds"], global_step)
+        return row["success_rate"]
+
+    start_time = time.perf_counter()
+    eval_success = evaluate(0)
+    losses = []
+    bar = trange(1, args.train_steps + 1, unit="step", desc=args.exp_name)
+    update_start = time.perf_counter()
+
+    for global_step in bar:
+        # Schedule
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = (1.0 - (global_step - 1) / args.train_steps) * args.learning_rate
+
+        # Update
+        b_inds = torch.randint(len(chunks), (args.batch_size,))
+        b_states, b_environment_states = states[b_inds], environment_states[b_inds]
+        b_chunks, b_mask = chunks[b_inds], mask[b_inds]
+        timesteps = torch.randint(args.num_train_timesteps, (args.batch_size,))
+        noise = torch.randn_like(b_chunks)
+        x = add_noise(b_chunks, noise, network.alphas_cumprod[timesteps, None, None])
+        loss = masked_mean((network(x, timesteps, b_states, b_environment_states) - noise).square(), b_mask)
+
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay = min(args.ema_decay, global_step / (10 + global_step))  # soon forgets the start
+        with torch.no_grad():
+            for average, parameter in zip(ema.parameters(), network.parameters(), strict=True):
+                average.lerp_(parameter, 1.0 - decay)
+
+        # Logging
+        losses.append(loss.item())
+        if global_step % args.log_freq == 0:
+            seconds = time.perf_counter() - update_start
+            noise_loss = sum(losses) / len(losses)
+            scalars = {
+                "charts/learning_rate": optimizer.param_groups[0]["lr"],
+                "charts/SPS": len(losses) / seconds,
+                "losses/noise_loss": noise_loss,
+                "time/update": seconds,
+            }
+            for key, scalar in scalars.items():
+                writer.add_scalar(key, scalar, global_step)
+            bar.set_postfix(loss=f"{noise_loss:.3f}", eval=f"{eval_success:.2f}")
+            losses, update_start = [], time.perf_counter()
+
+        if global_step % args.eval_freq == 0 or global_step == args.train_steps:
+            eval_start = time.perf_counter()
+            eval_success = evaluate(global_step)
+            update_start += time.perf_counter() - eval_start
+
+    # The result, on test episodes, which nothing was chosen by
+    checkpoint = make_checkpoint(args, ema, global_step)
+    policy = make_policy(checkpoint)
+    policies = {args.exp_name: policy}
+    results = report(policies, checkpoint, args.test_episodes, evaluations, run_dir, film=args.capture_video)
+    writer.close()
