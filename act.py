@@ -15,13 +15,13 @@ import torch
 import torch.nn as nn
 import torch.optim as optim
 import tyro
-from record_demos import load_demos
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import trange
 
 from base_policies import FrozenILPolicy
 from env_paper_square import OBS, EnvArgs, eval_kwargs
 from eval import check_rendering, fail, report, validate
+from record_demos import load_demos
 
 
 @dataclass
@@ -260,7 +260,7 @@ if __name__ == "__main__":
     run_dir = Path("runs") / f"{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         check_args(args)
-        demos = {key: torch.from_numpy(rows) for key, rows in load_demos(args.dataset, args.num_demos).items()}
+        demos = {key: torch.tensor(rows) for key, rows in load_demos(args.dataset, args.num_demos).items()}
         if args.capture_video:
             check_rendering()
         if args.track:

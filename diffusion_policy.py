@@ -11,18 +11,21 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.optim as optim
 import tyro
-from record_demos import load_demos
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import trange
 
 from base_policies import FrozenILPolicy
 from env_paper_square import OBS, EnvArgs, eval_kwargs
 from eval import check_rendering, fail, report, validate
+from record_demos import load_demos
+
+FREQUENCIES = torch.logspace(0.0, -2.0, 16)  # of the sines and cosines that tell the timestep, rad per step
 
 
 @dataclass
@@ -73,22 +76,19 @@ class Args:
     """joint targets that one observation predicts, k"""
     n_action_steps: int = 8
     """how many of them are played before the next prediction"""
-    dim_model: int = 96
-    """width of the transformers"""
-    n_heads: int = 4
-    """attention heads; must divide dim_model"""
-    dim_feedforward: int = 192
-    """width of their feed-forward layers"""
-    n_decoder_layers: int = 2
-    """layers that turn queries into actions, attending to the observation"""
-    dropout: float = 0.1
-    """dropout of the transformers"""
-
     # Diffusion
+    hidden_size: int = 192
+    """width of the denoiser"""
+    n_blocks: int = 3
+    """residual blocks of the denoiser"""
+    embedding_size: int = 128
+    """width of what the blocks are told of time and observation"""
     num_train_timesteps: int = 100
     """steps of the noising, K"""
     num_inference_steps: int = 8
     """steps of DDIM when it acts"""
+    prediction_type: Literal["sample", "epsilon"] = "sample"
+    """what the denoiser predicts: the chunk, or the noise as in the paper, which takes far longer to get precise"""
     ema_decay: float = 0.995
     """decay per gradient step of the averaged weights, which are the ones that act and are saved"""
 
@@ -96,7 +96,7 @@ class Args:
 def check_args(args):
     """Raise ValueError, one line for the user, for values that do not fit."""
     positive = ("torch_threads", "log_freq", "eval_freq", "eval_episodes", "test_episodes", "train_steps", "batch_size")
-    sizes = ("dim_model", "n_heads", "dim_feedforward", "n_decoder_layers", "chunk_size", "num_train_timesteps")
+    sizes = ("chunk_size", "hidden_size", "n_blocks", "embedding_size", "num_train_timesteps")
     for name in (*positive, *sizes):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, found {getattr(args, name)}")
@@ -105,22 +105,19 @@ def check_args(args):
     for name in ("weight_decay", "num_threads", "num_demos", "seed"):
         if not 0.0 <= getattr(args, name) < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} must not be negative, found {getattr(args, name)}")
-    for name in ("dropout", "ema_decay"):
-        if not 0.0 <= getattr(args, name) < 1.0:
-            raise ValueError(f"--{name.replace('_', '-')} must lie in [0, 1), found {getattr(args, name)}")
+    if not 0.0 <= args.ema_decay < 1.0:
+        raise ValueError(f"--ema-decay must lie in [0, 1), found {args.ema_decay}")
     if not 1 <= args.n_action_steps <= args.chunk_size:
         raise ValueError(
             f"--n-action-steps must lie in 1 to --chunk-size {args.chunk_size}, found {args.n_action_steps}"
         )
-    if args.dim_model % args.n_heads:
-        raise ValueError(f"--n-heads must divide --dim-model {args.dim_model}, found {args.n_heads}")
-    if args.dim_model % 2:
-        raise ValueError(f"--dim-model must be even, found {args.dim_model}")
     if not 1 <= args.num_inference_steps <= args.num_train_timesteps:
         raise ValueError(
             f"--num-inference-steps must lie in 1 to --num-train-timesteps {args.num_train_timesteps}, "
             f"found {args.num_inference_steps}"
         )
+    if args.prediction_type not in ("sample", "epsilon"):
+        raise ValueError(f"--prediction-type must be sample or epsilon, found {args.prediction_type!r}")
 
 
 class Normalizer(nn.Module):
@@ -157,26 +154,40 @@ class Normalizer(nn.Module):
         return chunks * self.action_std + self.action_mean + state[:, None] * self.relative_actions
 
 
+class Block(nn.Module):
+    """A residual block, told of time and observation by a scale and a shift of every unit (FiLM, arXiv 1709.07871)."""
+
+    def __init__(self, hidden_size, embedding_size):
+        super().__init__()
+        self.film = nn.Linear(embedding_size, 2 * hidden_size)
+        self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False)
+        self.net = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, x, embedding):
+        scale, shift = self.film(embedding).chunk(2, dim=1)
+        return x + self.net((1.0 + scale) * self.norm(x) + shift)
+
+
 class Network(nn.Module):
+    """The denoiser is an MLP over the whole chunk, as arXiv 2409.00588 has it for states: a U-Net's work on a GPU."""
+
     def __init__(self, args):
         super().__init__()
         self.chunk_size, self.n_action_steps = args.chunk_size, args.n_action_steps
         self.temporal_ensemble_coeff = 0.0
         self.num_inference_steps, self.sample = args.num_inference_steps, False
-        dim, sizes = args.dim_model, (args.dim_model, args.n_heads, args.dim_feedforward, args.dropout)
-        options = {"batch_first": True, "norm_first": True}  # normalised first, it needs no warm-up
-        decoder_layer = nn.TransformerDecoderLayer(*sizes, **options)
-        norm = nn.LayerNorm(dim)
+        self.predicts_noise = args.prediction_type == "epsilon"
+        hidden_size, embedding_size = args.hidden_size, args.embedding_size
         self.normalizer = Normalizer(args.relative_actions)
-
-        # Denoiser: a query per noisy action attends to time, state and environment_state
-        self.state_proj, self.environment_state_proj = nn.Linear(6, dim), nn.Linear(14, dim)
-        self.time_proj = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.token = nn.Parameter(0.02 * torch.randn(1, 3, dim))
-        self.query_proj = nn.Linear(6, dim)
-        self.query = nn.Parameter(0.02 * torch.randn(1, args.chunk_size, dim))
-        self.decoder = nn.TransformerDecoder(decoder_layer, args.n_decoder_layers, norm)
-        self.action_head = nn.Linear(dim, 6)
+        self.embed = nn.Sequential(
+            nn.Linear(2 * len(FREQUENCIES) + 6 + 14, embedding_size),
+            nn.SiLU(),
+            nn.Linear(embedding_size, embedding_size),
+            nn.SiLU(),
+        )
+        self.chunk_proj = nn.Linear(6 * args.chunk_size, hidden_size)
+        self.blocks = nn.ModuleList([Block(hidden_size, embedding_size) for _ in range(args.n_blocks)])
+        self.head = nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, 6 * args.chunk_size))
 
         # What acting needs besides the weights. Always the same noise, from a generator of its own: the frozen policy
         # is a function of the observation, whatever else is in the batch and whatever was drawn before
@@ -187,24 +198,30 @@ class Network(nn.Module):
         self.register_buffer("alphas_cumprod", squared_cosine_schedule(args.num_train_timesteps), persistent=False)
 
     def forward(self, x, timesteps, state, environment_state):
-        """The noise (n, chunk_size, 6) in noisy chunks x at timesteps (n,), by the observation, all normalised."""
-        frequencies = torch.exp(torch.linspace(0.0, -9.0, self.query.shape[2] // 2))  # 1 to 1e-4 rad per step
-        angles = timesteps[:, None] * frequencies
-        time_token = self.time_proj(torch.cat([angles.sin(), angles.cos()], dim=1))
-        tokens = [time_token, self.state_proj(state), self.environment_state_proj(environment_state)]
-        memory = torch.stack(tokens, dim=1) + self.token  # (n, 3, dim)
-        return self.action_head(self.decoder(self.query_proj(x) + self.query, memory))
+        """The noise-free chunks, or the noise, (n, chunk_size, 6) in chunks x at timesteps (n,), all normalised."""
+        angles = timesteps[:, None] * FREQUENCIES
+        embedding = self.embed(torch.cat([angles.sin(), angles.cos(), state, environment_state], dim=1))
+        hidden = self.chunk_proj(x.flatten(1))
+        for block in self.blocks:
+            hidden = block(hidden, embedding)
+        return self.head(hidden).view_as(x)
+
+    def denoise(self, x, t, state, environment_state):
+        """An estimate of the noise-free chunks from x (n, chunk_size, 6) at timestep t, within their range."""
+        alpha = self.alphas_cumprod[t]
+        estimate = self(x, torch.full((len(x),), t), state, environment_state)
+        if self.predicts_noise:
+            estimate = (x - (1.0 - alpha).sqrt() * estimate) / alpha.sqrt()
+        return estimate.clamp(self.low, self.high)
 
     def predict(self, state, environment_state):
         """Chunks (n, chunk_size, 6) of absolute joint targets, in LeRobot's units as the observation is."""
         observation = self.normalizer.observation(state, environment_state)
         shape = len(state), *self.noise.shape[1:]
         noise = torch.randn(shape) if self.sample else self.noise.expand(shape)
-
-        def predict_noise(x, t):
-            return self(x, torch.full((len(x),), t), *observation)
-
-        chunks = ddim(predict_noise, noise, self.alphas_cumprod, self.num_inference_steps, self.low, self.high)
+        chunks = ddim(
+            lambda x, t: self.denoise(x, t, *observation), noise, self.alphas_cumprod, self.num_inference_steps
+        )
         return self.normalizer.unnormalize(chunks, state)
 
 
@@ -268,16 +285,13 @@ def add_noise(x, noise, alpha_cumprod):
     return alpha_cumprod.sqrt() * x + (1.0 - alpha_cumprod).sqrt() * noise
 
 
-def ddim(predict_noise, x, alphas_cumprod, num_inference_steps, low, high):
-    """Chunks from noise x (n, chunk_size, 6) by DDIM with eta = 0, clipped on the way to low and high, (6,)."""
+def ddim(denoise, x, alphas_cumprod, num_inference_steps):
+    """Chunks from noise x (n, chunk_size, 6) by DDIM with eta = 0; denoise(x, t) estimates the noise-free ones."""
     stride = len(alphas_cumprod) // num_inference_steps
-    # Begins one stride before the last timestep, which holds so little signal that any estimate of it is arbitrary
     for t in range((num_inference_steps - 1) * stride, -1, -stride):
-        alpha = alphas_cumprod[t]
-        next_alpha = alphas_cumprod[t - stride] if t else torch.ones(())
-        estimate = (x - (1.0 - alpha).sqrt() * predict_noise(x, t)) / alpha.sqrt()
-        estimate = estimate.clamp(low, high)
-        noise = (x - alpha.sqrt() * estimate) / (1.0 - alpha).sqrt()  # that x would hold if the estimate were right
+        alpha, next_alpha = alphas_cumprod[t], alphas_cumprod[t - stride] if t else torch.ones(())
+        estimate = denoise(x, t)
+        noise = (x - alpha.sqrt() * estimate) / (1.0 - alpha).sqrt()  # what x holds if the estimate is right
         x = add_noise(estimate, noise, next_alpha)
     return x
 
@@ -287,7 +301,7 @@ if __name__ == "__main__":
     run_dir = Path("runs") / f"{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         check_args(args)
-        demos = {key: torch.from_numpy(rows) for key, rows in load_demos(args.dataset, args.num_demos).items()}
+        demos = {key: torch.tensor(rows) for key, rows in load_demos(args.dataset, args.num_demos).items()}
         if args.capture_video:
             check_rendering()
         if args.track:
@@ -348,7 +362,8 @@ if __name__ == "__main__":
         timesteps = torch.randint(args.num_train_timesteps, (args.batch_size,))
         noise = torch.randn_like(b_chunks)
         x = add_noise(b_chunks, noise, network.alphas_cumprod[timesteps, None, None])
-        loss = masked_mean((network(x, timesteps, b_states, b_environment_states) - noise).square(), b_mask)
+        target = noise if network.predicts_noise else b_chunks
+        loss = masked_mean((network(x, timesteps, b_states, b_environment_states) - target).square(), b_mask)
 
         optimizer.zero_grad()
         loss.backward()
@@ -362,16 +377,16 @@ if __name__ == "__main__":
         losses.append(loss.item())
         if global_step % args.log_freq == 0:
             seconds = time.perf_counter() - update_start
-            noise_loss = sum(losses) / len(losses)
+            denoising_loss = sum(losses) / len(losses)
             scalars = {
                 "charts/learning_rate": optimizer.param_groups[0]["lr"],
                 "charts/SPS": len(losses) / seconds,
-                "losses/noise_loss": noise_loss,
+                "losses/denoising_loss": denoising_loss,
                 "time/update": seconds,
             }
             for key, scalar in scalars.items():
                 writer.add_scalar(key, scalar, global_step)
-            bar.set_postfix(loss=f"{noise_loss:.3f}", eval=f"{eval_success:.2f}")
+            bar.set_postfix(loss=f"{denoising_loss:.3f}", eval=f"{eval_success:.2f}")
             losses, update_start = [], time.perf_counter()
 
         if global_step % args.eval_freq == 0 or global_step == args.train_steps:
