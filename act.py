@@ -162,24 +162,27 @@ class Network(nn.Module):
         options = {"batch_first": True, "norm_first": True}  # normalised first, it needs no warm-up
         encoder_layer = nn.TransformerEncoderLayer(*sizes, **options)
         decoder_layer = nn.TransformerDecoderLayer(*sizes, **options)
-        norm, plain = nn.LayerNorm(dim), {"enable_nested_tensor": False}
         self.normalizer = Normalizer(args.relative_actions)
 
         # CVAE encoder, over [CLS], state and chunk
         self.vae_state_proj, self.vae_action_proj = nn.Linear(6, dim), nn.Linear(6, dim)
         self.vae_cls = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.vae_position = nn.Parameter(0.02 * torch.randn(1, 2 + args.chunk_size, dim))
-        self.vae_encoder = nn.TransformerEncoder(encoder_layer, args.n_vae_layers, norm, **plain)
+        self.vae_encoder = nn.TransformerEncoder(encoder_layer, args.n_vae_layers, nn.LayerNorm(dim), False)
         self.vae_head = nn.Linear(dim, 2 * args.latent_dim)
 
         # Policy: an encoder over z, state and environment_state, and a decoder with a learned query per action
         self.state_proj, self.environment_state_proj = nn.Linear(6, dim), nn.Linear(14, dim)
         self.latent_proj = nn.Linear(args.latent_dim, dim)
         self.token = nn.Parameter(0.02 * torch.randn(1, 3, dim))
-        self.encoder = nn.TransformerEncoder(encoder_layer, args.n_encoder_layers, norm, **plain)
+        self.encoder = nn.TransformerEncoder(encoder_layer, args.n_encoder_layers, nn.LayerNorm(dim), False)
         self.query = nn.Parameter(0.02 * torch.randn(1, args.chunk_size, dim))
-        self.decoder = nn.TransformerDecoder(decoder_layer, args.n_decoder_layers, norm)
+        self.decoder = nn.TransformerDecoder(decoder_layer, args.n_decoder_layers, nn.LayerNorm(dim))
         self.action_head = nn.Linear(dim, 6)
+        for transformer in (self.vae_encoder, self.encoder, self.decoder):  # whose layers torch made as equal copies
+            for parameter in transformer.parameters():
+                if parameter.dim() > 1:
+                    nn.init.xavier_uniform_(parameter)
 
     def encode(self, state, chunks, mask):
         """Mean and log variance of z, (n, latent_dim) each, from all that is normalised."""
