@@ -270,6 +270,7 @@ class PaperSquareVectorEnv(VectorEnv):
         self._hold_counter = np.zeros(num_envs, dtype=np.int64)
         self._episode_steps = np.zeros(num_envs, dtype=np.int64)
         self._renderer = self._viewer = self._scene = self._scene_data = None
+        self.key_callback = None  # called with the GLFW code of each key that is pressed in the viewer
 
     def reset(self, *, seed: int | list[int | None] | None = None, options: dict | None = None):
         """Start episodes; environment i is seeded with `seed + i`, or with `seed[i]`.
@@ -373,13 +374,21 @@ class PaperSquareVectorEnv(VectorEnv):
             viewer = importlib.import_module("mujoco.viewer")
             self._load_scene()
             threads = set(threading.enumerate())
-            self._viewer = viewer.launch_passive(self._scene, self._scene_data, show_left_ui=False, show_right_ui=False)
+            hidden = {"show_left_ui": False, "show_right_ui": False}
+            self._viewer = viewer.launch_passive(
+                self._scene, self._scene_data, key_callback=self.key_callback, **hidden
+            )
             self._viewer_threads = set(threading.enumerate()) - threads
             self._next_frame = time.perf_counter()
         self._pose_scene(0)
         self._viewer.sync()
         self._next_frame = max(self._next_frame + 1.0 / self.metadata["render_fps"], time.perf_counter() - 1.0)
         time.sleep(max(0.0, self._next_frame - time.perf_counter()))  # real time
+
+    @property
+    def viewer_closed(self) -> bool:
+        """Whether the viewer's window was there and is closed."""
+        return self._viewer is not None and not self._viewer.is_running()
 
     def _load_scene(self) -> None:
         if self._scene is None:

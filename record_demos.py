@@ -15,41 +15,66 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import tyro
 from gymnasium.vector import AutoresetMode
 from tqdm import tqdm
 
-from base_policies import ENV_STATE, joints_to_lerobot, make_base_policy, to_lerobot
+from base_policies import ENV_STATE, ArmKinematics, JacobianIKPolicy, joints_to_lerobot, make_base_policy, to_lerobot
 from env_paper_square import JOINTS, OBS, PaperSquareVectorEnv, to_si
-from eval import POLICY_HZ, VALIDATION_SEED, fail, load_checkpoint
+from eval import POLICY_HZ, VALIDATION_SEED, check_rendering, fail, load_checkpoint
 
 TASK = "Slide the sheet of paper into the tape square."
 CAMERAS = ("top", "side", "wrist")
 FLUSH_EPISODES = 25  # written at a time
 GIVE_UP = 200  # failures in a row
 QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
+STATISTICS = ("min", "max", "mean", "std", "count", *QUANTILES)
 PER_FOLDER = 1000  # files, LeRobot's chunks_size
-ROOT = Path(__file__).resolve().parent
+
+# Keys of the teleoperation by their GLFW codes: name, what it does, axis of the motion, sign. MuJoCo's passive viewer
+# binds none of them: it has the letters, 0 to 5, brackets and function keys, and Page Up only for a selected body.
+KEYS = {
+    265: ("Up", "away from the base", 0, 1),
+    264: ("Down", "towards the base", 0, -1),
+    263: ("Left", "to the left, as seen from the base", 1, 1),
+    262: ("Right", "to the right", 1, -1),
+    266: ("Page Up", "up", 2, 1),
+    267: ("Page Down", "down", 2, -1),
+    ord("6"): ("6", "wrist pitch, fingers down", 3, 1),
+    ord("7"): ("7", "wrist pitch, fingers up", 3, -1),
+    ord("8"): ("8", "wrist roll, to the left", 4, 1),
+    ord("9"): ("9", "wrist roll, to the right", 4, -1),
+    ord("="): ("=", "open the gripper", 5, 1),
+    ord("-"): ("-", "close the gripper", 5, -1),
+}
+VERDICTS = {257: ("Enter", "save"), 259: ("Backspace", "discard")}
+PRESS = np.array([0.008, 0.008, 0.002, 0.1, 0.1, 0.1])  # motion of one press: m, m, m, rad, rad, rad
+PACE = np.array([0.002, 0.002, 0.001, 0.01, 0.01, 0.02])  # of one step at most; faster, the joints could not follow
+TELEOP_STEPS = 1800  # a minute: a person is slower than the 400 steps of an episode
+TELEOP_DAMPING = 0.003  # m
 
 
 @dataclass
 class Args:
     output_dir: str = "demos"
     """folder of the dataset; must be new or empty, unless --append"""
-    model_path: str = str(ROOT / "assets" / "ppo_residual.pt")
-    """checkpoint of the policy to record, plays its mean action"""
+    model_path: str = "assets/ppo_residual.pt"
+    """checkpoint of the policy to record, which plays its mean action"""
     policy: str = ""
-    """base policy to record instead: zero, jacobian, hybrid, or il, which is the checkpoint of act.py or
-    diffusion_policy.py in --model-path"""
+    """base policy to record instead: zero, jacobian, hybrid, or il (--model-path is then of an imitation script)"""
     teleop: Literal["", "keyboard"] = ""
     """record a person instead, who drives the arm in MuJoCo's viewer; the keys are printed"""
     num_episodes: int = 50
@@ -74,6 +99,20 @@ class Args:
     """also record the cameras top, side and wrist as MP4; much slower"""
     video_height: int = 96
     """height of the videos, pixels; they are 4:3"""
+
+
+def check_args(args: Args) -> None:
+    """Raise ValueError, one line for the user, for values that do not fit."""
+    if min(args.num_episodes, args.num_envs) < 1 or args.num_threads < 0:
+        raise ValueError("--num-episodes and --num-envs must be at least 1, and --num-threads not negative")
+    if not (0 <= args.noise_std < np.inf and 0 <= args.noise_correlation < 1):
+        raise ValueError("--noise-std must be finite and not negative, and --noise-correlation lie in [0, 1)")
+    if args.seed is not None and not 0 <= args.seed <= VALIDATION_SEED - args.num_episodes:
+        raise ValueError(f"--seed plus --num-episodes must lie below {VALIDATION_SEED}, where held-out episodes begin")
+    if args.video_height % 48 or not 48 <= args.video_height <= 960:
+        raise ValueError(f"--video-height must be a multiple of 48, up to 960, found {args.video_height}")
+    if args.teleop and args.noise_std:
+        raise ValueError("--noise-std is for policies: a person makes noise enough")
 
 
 # The dataset
@@ -111,54 +150,64 @@ def make_features(video_height: int = 0) -> dict[str, dict]:
     }
 
 
+@contextmanager
+def readable(root: Path) -> Iterator[None]:
+    """Turn whatever reading a dataset raises into a ValueError with one line for the user."""
+    try:
+        yield
+    except (OSError, LookupError, TypeError, AttributeError, ValueError, OverflowError, pa.ArrowException) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"cannot use {root} as a dataset of demonstrations: {reason}") from error
+
+
 def read_info(root: Path) -> dict:
     """meta/info.json; raises ValueError if it is not that of a LeRobotDataset v3.0."""
     if not (root / "meta" / "info.json").is_file():
         raise ValueError("it has no meta/info.json")
     info = json.loads((root / "meta" / "info.json").read_text())
-    if not str(info["codebase_version"]).startswith("v3."):
+    if info["codebase_version"] != "v3.0":
         raise ValueError(f"its codebase_version is {info['codebase_version']}, not v3.0")
     return info
 
 
-def read_episodes(root: Path, total: int) -> pa.Table:
-    """The first `total` episodes of meta/episodes, in order; raises ValueError if there are fewer."""
-    tables = [pq.read_table(path) for path in sorted((root / "meta" / "episodes").glob("chunk-*/file-*.parquet"))]
-    if not tables:
-        raise ValueError("it has no meta/episodes")
-    episodes = pa.concat_tables([table.replace_schema_metadata() for table in tables], promote_options="default")
-    episodes = episodes.sort_by("episode_index")[:total]
+def read_episodes(root: Path, total: int, columns: Sequence[str]) -> pa.Table:
+    """Columns of the first `total` episodes of meta/episodes, in order; raises ValueError if there are fewer."""
+    paths = sorted((root / "meta" / "episodes").glob("chunk-*/file-*.parquet"))
+    tables = [pq.read_table(path, columns=["episode_index", *columns]).replace_schema_metadata() for path in paths]
+    episodes = pa.concat_tables(tables).sort_by("episode_index")[:total] if tables else {"episode_index": pa.array([])}
     if episodes["episode_index"].to_pylist() != list(range(total)):
-        raise ValueError(f"meta/episodes does not hold the {total} episodes that info.json counts")
+        raise ValueError(f"its meta/episodes does not hold the {total} episodes asked for")
     return episodes
 
 
-def read_frames(root: Path, info: dict, keys: Sequence[str], num_episodes: int) -> dict[str, np.ndarray]:
-    """Features (frames, size), or (frames,) of shape [1], of the first episodes, in order; raises ValueError."""
-    for key in keys:
+def read_frames(root: Path, info: dict, sizes: dict[str, int], num_episodes: int) -> dict[str, np.ndarray]:
+    """The first episodes' features by name, (frames, size), or (frames,) of size 1; raises ValueError."""
+    for key, size in sizes.items():
         if key not in info["features"]:
             raise ValueError(f"it lacks the feature {key}")
-    episodes = read_episodes(root, num_episodes)
-    lengths = np.array(episodes["length"], dtype=np.int64)
+        if list(info["features"][key]["shape"]) != [size]:
+            raise ValueError(f"its {key} has the shape {info['features'][key]['shape']}, not [{size}]")
+    episodes = read_episodes(root, num_episodes, ("length", "data/chunk_index", "data/file_index"))
+    lengths = episodes["length"].to_numpy()
     files = zip(episodes["data/chunk_index"].to_pylist(), episodes["data/file_index"].to_pylist(), strict=True)
-    columns = ["episode_index", "frame_index", *(key for key in keys if key not in ("episode_index", "frame_index"))]
-    paths = [root / info["data_path"].format(chunk_index=chunk, file_index=file) for chunk, file in dict.fromkeys(files)]
-    table = pa.concat_tables([pq.read_table(path, columns=columns).replace_schema_metadata() for path in paths])
-    table = table.filter(pa.compute.less(table["episode_index"], num_episodes))
-    episode, frame = (table[name].to_numpy() for name in columns[:2])
-    ends = np.repeat(np.cumsum(lengths), lengths)
+    names = [info["data_path"].format(chunk_index=chunk, file_index=file) for chunk, file in dict.fromkeys(files)]
+    columns = list(dict.fromkeys(["episode_index", "frame_index", *sizes]))
+    table = pa.concat_tables(pq.read_table(root / name, columns=columns).replace_schema_metadata() for name in names)
+    table = table.filter(pc.less(table["episode_index"], num_episodes))
+    begins = np.repeat(np.cumsum(lengths) - lengths, lengths)
     if not (
-        np.array_equal(episode, np.repeat(np.arange(num_episodes), lengths))
-        and np.array_equal(frame, np.arange(len(frame)) - ends + np.repeat(lengths, lengths))
+        np.array_equal(table["episode_index"], np.repeat(np.arange(num_episodes), lengths))
+        and np.array_equal(table["frame_index"], np.arange(len(table)) - begins)
     ):
         raise ValueError("its frames are not those that meta/episodes describes")
     arrays = {}
-    for key in keys:
-        (size,) = info["features"][key]["shape"]
+    for key, size in sizes.items():
         column = table[key].combine_chunks()
-        values = column.flatten() if pa.types.is_nested(column.type) else column
-        if column.null_count or values.null_count or len(values) != size * len(table):
-            raise ValueError(f"the data of {key} is not of the shape [{size}] that info.json says")
+        nested = pa.types.is_nested(column.type)
+        values = column.flatten() if nested else column
+        lengths = pc.unique(pc.list_value_length(column)).to_pylist() if nested else [1]
+        if values.null_count or lengths != [size]:
+            raise ValueError(f"its data of {key} does not have {size} values in every frame")
         arrays[key] = values.to_numpy(zero_copy_only=False).reshape((-1, size) if size > 1 else -1)
     return arrays
 
@@ -171,42 +220,44 @@ def load_demos(root: str | Path, num_episodes: int = 0) -> dict[str, np.ndarray]
     for the user, if there is no such dataset, if it is damaged, or holds fewer episodes.
     """
     root = Path(root)
-    features = {"observation.state": 6, "observation.environment_state": 14, "action": 6}
-    try:
+    with readable(root):
         info = read_info(root)
-        for key, size in features.items():
-            shape = list(info["features"][key]["shape"]) if key in info["features"] else None
-            if shape != [size]:
-                raise ValueError(f"it lacks the feature {key}" if shape is None else f"its {key} has shape {shape}")
-        total = int(info["total_episodes"])
+        total = info["total_episodes"]
         if total < max(num_episodes, 1):
             raise ValueError(f"it holds {total} episodes, and {max(num_episodes, 1)} are asked for")
-        arrays = read_frames(root, info, [*features, "episode_index"], num_episodes or total)
-        for key in features:
-            arrays[key] = arrays[key].astype(np.float32)
+        sizes = {"observation.state": 6, "observation.environment_state": 14, "action": 6}
+        arrays = read_frames(root, info, {**sizes, "episode_index": 1}, num_episodes or total)
+        for key in sizes:
             if not np.isfinite(arrays[key]).all():
                 raise ValueError(f"its {key} is not finite everywhere")
-    except (OSError, LookupError, TypeError, AttributeError, ValueError, OverflowError, pa.ArrowException) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{root} is no dataset of demonstrations that can be read: {reason}") from error
-    return {key.removeprefix("observation."): arrays[key] for key in features} | {"episode": arrays["episode_index"]}
+    demos = {key.removeprefix("observation."): arrays[key].astype(np.float32, copy=False) for key in sizes}
+    return demos | {"episode": arrays["episode_index"]}
 
 
 def describe(values: np.ndarray) -> dict[str, np.ndarray]:
-    """LeRobot's statistics of values (n, size), each of shape (size,); count (1,)."""
+    """LeRobot's statistics of values (n, size): each (size,), but count (1,)."""
     values = values.astype(np.float64)
     statistics = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0), "std": values.std(0)}
-    return statistics | {"count": np.array([len(values)])} | dict(
-        zip(QUANTILES, np.quantile(values, list(QUANTILES.values()), axis=0), strict=True)
-    )
+    quantiles = np.quantile(values, list(QUANTILES.values()), axis=0)
+    return statistics | {"count": np.array([len(values)])} | dict(zip(QUANTILES, quantiles, strict=True))
 
 
-def write(path: Path, save: Callable[[Path], None]) -> None:
+def merge(statistics: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Statistics of several episodes as one's; exact but for the quantiles, the mean of theirs, as LeRobot has them."""
+    parts = {name: np.stack([one[name] for one in statistics]) for name in statistics[0]}  # (episodes, size)
+    share = parts["count"] / parts["count"].sum()
+    merged = {name: (share * values).sum(0) for name, values in parts.items()}
+    variance = (share * (parts["std"] ** 2 + (parts["mean"] - merged["mean"]) ** 2)).sum(0)
+    bounds = {"min": parts["min"].min(0), "max": parts["max"].max(0)}
+    return merged | bounds | {"std": np.sqrt(variance), "count": parts["count"].sum(0)}
+
+
+def write(path: Path, save: Callable[[Path], object]) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     save(temporary)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -225,15 +276,20 @@ def write_parquet(path: Path, tables: Sequence[pa.Table]) -> None:
 
 
 class Dataset:
-    """Writes a dataset, a file of data per flush; nothing that was written changes but meta's sums.
+    """Writes a dataset in flushes: new files of videos, data and episodes, then tasks, stats and, last, info.json.
 
-    Args: `root`; `features`; `append`. Raises ValueError, with one line for the user, for a folder it cannot use.
+    What earlier flushes wrote stays as it is, so a recording that is killed leaves the episodes that info.json counts;
+    what it does not count is cleared away when another one appends.
+
+    Args: `root`; `features`; `append`; `flush_every` (episodes). Raises ValueError for a folder that it cannot use.
     """
 
-    def __init__(self, root: Path, features: dict, append: bool):
-        self.root, self.features, self.pending = root, features, []
-        self.num_files, self.next_seed = 0, 0
-        self.frames = {key: [] for key in features if features[key]["dtype"] != "video"}  # all, for the statistics
+    def __init__(self, root: Path, features: dict, append: bool = False, flush_every: int = FLUSH_EPISODES):
+        self.root, self.flush_every, self.info_path = root, flush_every, root / "meta" / "info.json"
+        self.cameras = [key for key, feature in features.items() if feature["dtype"] == "video"]
+        self.pending, self.num_files, self.next_seed = [], 0, 0
+        self.statistics = {key: [] for key in features}  # of all until the last flush as one, of every episode since
+        path = "chunk-{chunk_index:03d}/file-{file_index:03d}"
         self.info = {
             "codebase_version": "v3.0",
             "robot_type": "so101_follower",
@@ -245,111 +301,162 @@ class Dataset:
             "video_files_size_in_mb": 200,
             "fps": POLICY_HZ,
             "splits": {"train": "0:0"},
-            "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
-            "video_path": None,
+            "data_path": f"data/{path}.parquet",
+            "video_path": f"videos/{{video_key}}/{path}.mp4" if self.cameras else None,
             "features": features,
         }
-        if any(feature["dtype"] == "video" for feature in features.values()):
-            self.info["video_path"] = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
-        used = root.exists() and (not root.is_dir() or any(p.is_file() and p.suffix != ".tmp" for p in root.rglob("*")))
-        if used and not append:
-            raise ValueError(f"{root} is there and not empty: --append adds to a dataset, --output-dir names another")
+        existing = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
+        if not (existing.is_dir() and os.access(existing, os.W_OK)):
+            raise ValueError(f"{existing} is not a folder that can be written to")
+        if any(file.is_file() and file.suffix != ".tmp" for file in root.rglob("*")):
+            if not append:
+                raise ValueError(f"{root} is not empty: add to it with --append, or choose another --output-dir")
+            with readable(root):
+                self.resume()
+
+    def resume(self) -> None:
+        """Go on where a dataset of this script ends; raises ValueError if it is another's or has other features."""
+        info = read_info(self.root)
+        if any(info[key] != self.info[key] for key in ("features", "fps", "data_path", "video_path")):
+            raise ValueError("--append needs the same features and fps, so the same --videos and --video-height")
+        self.info, total = info, info["total_episodes"]
+        if total:
+            read_frames(self.root, info, {"episode_index": 1}, total)  # they are all there
+            columns = [f"stats/{key}/{name}" for key in self.statistics for name in STATISTICS]
+            episodes = read_episodes(self.root, total, ["data/chunk_index", "data/file_index", *columns]).to_pylist()
+            self.num_files = PER_FOLDER * episodes[-1]["data/chunk_index"] + episodes[-1]["data/file_index"] + 1
+            for row in episodes:
+                for key, statistics in self.statistics.items():
+                    statistics.append({name: np.ravel(row[f"stats/{key}/{name}"]) for name in STATISTICS})
+        for number in range(self.num_files):
+            metadata = pq.read_schema(self.episodes_path(number)).metadata or {}
+            if b"seeds" not in metadata:
+                raise ValueError("--append goes on with what record_demos.py recorded, and this has no seeds")
+            self.next_seed = max(self.next_seed, 1 + max(json.loads(metadata[b"seeds"])))
+        counts = dict.fromkeys(("data", "meta/episodes"), self.num_files) | {
+            f"videos/{key}": total for key in self.cameras
+        }
+        for folder, count in counts.items():
+            for path in (self.root / folder).glob("chunk-*/file-*"):
+                number = PER_FOLDER * int(path.parent.name[6:]) + int(path.name[5:8])  # chunk-000/file-000.parquet
+                if number >= count or path.suffix == ".tmp":
+                    path.unlink()
+
+    def episodes_path(self, number: int) -> Path:
+        chunk, file = divmod(number, PER_FOLDER)
+        return self.root / "meta" / "episodes" / f"chunk-{chunk:03d}" / f"file-{file:03d}.parquet"
 
     def add(self, episode: dict) -> None:
+        """Take an episode as `record_episodes` yields it."""
         self.pending.append(episode)
-        if len(self.pending) == FLUSH_EPISODES:
+        if len(self.pending) >= self.flush_every:
             self.flush()
 
     def flush(self) -> None:
-        """Write the episodes since the last flush; info.json, which counts them, comes last."""
+        """Write the episodes since the last flush."""
         if not self.pending:
             return
-        if not (self.root / "meta" / "info.json").exists():
-            write_json(self.root / "meta" / "info.json", self.info)
+        if not self.info_path.exists():
+            write_json(self.info_path, self.info)  # of no episodes yet: whatever follows belongs to a dataset
+        pending, self.pending = self.pending, []
+        tables, rows = zip(*(self.lay_out(episode) for episode in pending), strict=True)
         chunk, file = divmod(self.num_files, PER_FOLDER)
-        first_episode, start = self.info["total_episodes"], self.info["total_frames"]
-        schema = pa.schema([(key, column_type(self.features[key])) for key in self.frames])
-        tables, rows, frames = [], [], {key: list(arrays) for key, arrays in self.frames.items()}
-        for k, episode in enumerate(self.pending, first_episode):
-            length = len(episode["action"])
-            data = episode["data"] if "data" in episode else episode
-            data = {
-                **data,
-                "timestamp": (np.arange(length) / POLICY_HZ).astype(np.float32),
-                "frame_index": np.arange(length),
-                "episode_index": np.full(length, k),
-                "index": start + np.arange(length),
-                "task_index": np.zeros(length, dtype=np.int64),
-            }
-            tables.append(pa.table([to_column(data[key], schema.field(key).type) for key in self.frames], schema=schema))
-            statistics = {key: describe(data[key].reshape(length, -1)) for key in self.frames}
-            row = {
-                "episode_index": k,
-                "tasks": [TASK],
-                "length": length,
-                "data/chunk_index": chunk,
-                "data/file_index": file,
-                "dataset_from_index": start,
-                "dataset_to_index": start + length,
-                "meta/episodes/chunk_index": chunk,
-                "meta/episodes/file_index": file,
-            }
-            for key, values in statistics.items():
-                row |= {f"stats/{key}/{name}": value.tolist() for name, value in values.items()}
-            rows.append(row)
-            start += length
-            for key in self.frames:
-                frames[key].append(data[key])
         write_parquet(self.root / self.info["data_path"].format(chunk_index=chunk, file_index=file), tables)
-        seeds = json.dumps([int(episode["seed"]) for episode in self.pending])
-        episodes = pa.Table.from_pylist(rows).replace_schema_metadata({"seeds": seeds})
-        write_parquet(self.root / "meta" / "episodes" / f"chunk-{chunk:03d}" / f"file-{file:03d}.parquet", [episodes])
-        write_parquet(self.root / "meta" / "tasks.parquet", [tasks_table()])
-        statistics = {
-            key: describe(np.concatenate(arrays).reshape(start, -1)) for key, arrays in frames.items()
-        }
-        write_json(
-            self.root / "meta" / "stats.json",
-            {key: {name: value.tolist() for name, value in values.items()} for key, values in statistics.items()},
+        seeds = json.dumps([episode["seed"] for episode in pending])
+        write_parquet(
+            self.episodes_path(self.num_files), [pa.Table.from_pylist(rows).replace_schema_metadata({"seeds": seeds})]
         )
-        total = first_episode + len(self.pending)
-        self.info |= {"total_episodes": total, "total_frames": start, "splits": {"train": f"0:{total}"}}
-        write_json(self.root / "meta" / "info.json", self.info)
-        self.frames, self.pending, self.num_files = frames, [], self.num_files + 1
+        write_parquet(self.root / "meta" / "tasks.parquet", [tasks_table()])
+        self.statistics = {key: [merge(statistics)] for key, statistics in self.statistics.items()}
+        merged = {key: self.to_lists(key, statistics) for key, (statistics,) in self.statistics.items()}
+        write_json(self.root / "meta" / "stats.json", merged)
+        write_json(self.info_path, self.info)
+        self.num_files += 1
+
+    def lay_out(self, episode: dict) -> tuple[pa.Table, dict]:
+        """Number an episode and count it in; returns its frames and its row of meta/episodes, and writes its videos."""
+        index, start, length = self.info["total_episodes"], self.info["total_frames"], len(episode["action"])
+        episode = episode | {
+            "timestamp": (np.arange(length) / POLICY_HZ).astype(np.float32),
+            "frame_index": np.arange(length),
+            "episode_index": np.full(length, index),
+            "index": start + np.arange(length),
+            "task_index": np.zeros(length, dtype=np.int64),
+        }
+        chunk, file = divmod(self.num_files, PER_FOLDER)
+        row = {
+            "episode_index": index,
+            "tasks": [TASK],
+            "length": length,
+            "data/chunk_index": chunk,
+            "data/file_index": file,
+            "dataset_from_index": start,
+            "dataset_to_index": start + length,
+            "meta/episodes/chunk_index": chunk,
+            "meta/episodes/file_index": file,
+        }
+        chunk, file = divmod(index, PER_FOLDER)
+        columns = {}
+        for key, statistics in self.statistics.items():
+            if key in self.cameras:
+                film, values = episode[key]
+                path = self.info["video_path"].format(video_key=key, chunk_index=chunk, file_index=file)
+                write(self.root / path, partial(Path.write_bytes, data=film))
+                row |= {f"videos/{key}/chunk_index": chunk, f"videos/{key}/file_index": file}
+                row |= {f"videos/{key}/from_timestamp": 0.0, f"videos/{key}/to_timestamp": length / POLICY_HZ}
+            else:
+                columns[key], values = to_column(episode[key]), describe(episode[key].reshape(length, -1))
+            statistics.append(values)
+            row |= {f"stats/{key}/{name}": value for name, value in self.to_lists(key, values).items()}
+        total = index + 1
+        self.info |= {"total_episodes": total, "total_frames": start + length, "splits": {"train": f"0:{total}"}}
+        return pa.table(columns), row
+
+    def to_lists(self, key: str, statistics: dict[str, np.ndarray]) -> dict[str, list]:
+        """Statistics as lists; those of a camera are (3, 1, 1), by channel, row and column, but for the count."""
+        shape = (3, 1, 1) if key in self.cameras else -1
+        return {name: value.reshape(-1 if name == "count" else shape).tolist() for name, value in statistics.items()}
 
 
-def column_type(feature: dict) -> pa.DataType:
-    scalar = {"float32": pa.float32(), "int64": pa.int64(), "bool": pa.bool_()}[feature["dtype"]]
-    (size,) = feature["shape"]
-    return pa.list_(scalar, size) if size > 1 else scalar
-
-
-def to_column(values: np.ndarray, kind: pa.DataType) -> pa.Array:
-    if values.ndim == 1:
-        return pa.array(values, type=kind)
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), type=kind.value_type), type=kind)
+def to_column(values: np.ndarray) -> pa.Array:
+    flat = pa.array(values.ravel())
+    return flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
 
 def tasks_table() -> pa.Table:
-    """meta/tasks.parquet: the task is the pandas index, which its schema metadata says."""
-    columns = [("task_index", "int64", "int64"), ("task", "unicode", "object")]
-    metadata = {
-        "index_columns": ["task"],
-        "column_indexes": [],
-        "columns": [
-            {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": numpy_type, "metadata": None}
-            for name, kind, numpy_type in columns
-        ],
-        "pandas_version": "2.0.0",
-    }
-    table = pa.table({"task_index": pa.array([0], pa.int64()), "task": [TASK]})
-    return table.replace_schema_metadata({"pandas": json.dumps(metadata)})
+    """meta/tasks.parquet: the task is the index of the data frame, which the metadata says."""
+    columns = {"task_index": ("int64", "int64"), "task": ("unicode", "object")}
+    description = [
+        {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": numpy_type, "metadata": None}
+        for name, (kind, numpy_type) in columns.items()
+    ]
+    metadata = {"index_columns": ["task"], "column_indexes": [], "columns": description, "pandas_version": "2.0.0"}
+    return pa.table({"task_index": [0], "task": [TASK]}).replace_schema_metadata({"pandas": json.dumps(metadata)})
+
+
+def encode(frames: list[np.ndarray]) -> tuple[bytes, dict[str, np.ndarray]]:
+    """Frames (height, width, 3) uint8 as an MP4, and the statistics of every tenth, values in [0, 1]."""
+    import imageio
+
+    # A key frame every other frame, as LeRobot has them: it reads single frames; one thread: the same bytes everywhere
+    options = {"codec": "libx264", "output_params": ["-g", "2", "-threads", "1"]}
+    film = imageio.mimwrite("<bytes>", frames, format="mp4", fps=POLICY_HZ, **options)
+    some = np.stack(frames[::10])
+    return film, describe(some.reshape(-1, 3) / 255) | {"count": np.array([len(some)])}
 
 
 # Recording
 
 
-def play_episodes(
+def draw_noise(seed: int, steps: int, std: float, correlation: float) -> np.ndarray:
+    """The noise of an episode, (steps, 6), in units of the action: autoregressive, stationary from the first step."""
+    noise = std * np.random.default_rng([seed, 2]).normal(size=(steps, len(JOINTS)))  # [seed, 1] is eval.py's
+    for step in range(1, steps):
+        noise[step] = correlation * noise[step - 1] + np.sqrt(1.0 - correlation**2) * noise[step]
+    return noise
+
+
+def record_episodes(
     policy,
     envs: PaperSquareVectorEnv,
     first_seed: int,
@@ -357,116 +464,216 @@ def play_episodes(
     only_successes: bool = False,
     noise_std: float = 0.0,
     noise_correlation: float = 0.0,
-    stop: Callable[[], bool] = lambda: False,
+    cameras: Sequence[str] = (),
+    stop: Callable[[], object] = lambda: False,
 ) -> Iterator[dict | None]:
     """Play episodes of rising seeds; yields each in the order of the seeds, or None for one that is dropped.
 
-    Ends after `num_episodes` that are not, or when `stop()`.
+    Ends after `num_episodes` that are kept, or when `stop()`. An episode holds the dataset's features by name, (length,
+    size) or (length,), cameras as `encode` returns them, and its "seed". A policy with a `verdict` ends its episode by
+    "save" or "discard". Raises ValueError if success stays out or the held-out episodes are reached.
     """
     num_envs = envs.num_envs
-    sizes = {key: feature["shape"][0] for key, feature in make_features().items() if not key.endswith("ndex")}
-    buffers = {key: np.zeros((num_envs, envs.max_episode_steps, size), np.float32) for key, size in sizes.items()}
     seeds = first_seed + np.arange(num_envs)
-    length, noise = np.zeros(num_envs, dtype=np.int64), np.zeros((num_envs, len(JOINTS)))
+    next_seed, released, finished = first_seed + num_envs, first_seed, {}  # finished: by seed, until it is its turn
+    kept, failures = 0, 0  # failures: in a row
     active, fresh = np.ones(num_envs, dtype=bool), np.ones(num_envs, dtype=bool)
-    rngs = [None] * num_envs
-    kept, next_seed, released, finished = 0, first_seed + num_envs, first_seed, {}
+    frames, films = [[] for _ in seeds], [{} for _ in seeds]  # of the episodes that are being played
+    noise = np.zeros((num_envs, envs.max_episode_steps, len(JOINTS)))
     while active.any() and not stop():
         if fresh.any():
+            if seeds[fresh].max() >= VALIDATION_SEED:
+                raise ValueError(f"the seeds reach {VALIDATION_SEED}, where held-out episodes begin")
             obs, _ = envs.reset(seed=seeds.tolist(), options={"reset_mask": fresh})
             policy.reset(fresh)
-            length[fresh] = 0
             for i in np.flatnonzero(fresh):
-                rngs[i] = np.random.default_rng([seeds[i], 2])  # eval.py's disturbances have [seed, 1]
-                noise[i] = noise_std * rngs[i].normal(size=len(JOINTS))
+                frames[i], films[i] = [], {camera: [] for camera in cameras}
+                noise[i] = draw_noise(seeds[i], envs.max_episode_steps, noise_std, noise_correlation)
+        for i in np.flatnonzero(active):
+            for camera, film in films[i].items():
+                film.append(envs.render_frame(i, camera))
+
         action = np.clip(policy(obs), -1.0, 1.0)
         si = to_si(obs)
         joint_target = si[:, OBS["joint_pos"]] + si[:, OBS["joint_target_error"]]  # (num_envs, 6), rad
         wanted = np.clip(joint_target + envs.act_scale * action, envs.ctrl_low, envs.ctrl_high)
         state, environment_state = to_lerobot(obs)
-        obs, rewards, terminations, truncations, _ = envs.step(action + noise)
-        done = terminations | truncations
+        executed = action + noise[np.arange(num_envs), [len(steps) for steps in frames]]
+        obs, rewards, terminations, truncations, _ = envs.step(executed)
+        verdict = getattr(policy, "verdict", "")
+        done = terminations | truncations | bool(verdict)
         frame = {
             "observation.state": state,
             "observation.environment_state": environment_state,
-            "action": joints_to_lerobot(wanted),
-            "next.reward": rewards[:, None],
-            "next.done": done[:, None],
-            "next.success": terminations[:, None],
+            "action": joints_to_lerobot(wanted).astype(np.float32),
+            "next.reward": rewards.astype(np.float32),
+            "next.done": done,
+            "next.success": terminations,
         }
-        for key, values in frame.items():
-            buffers[key][active, length[active]] = values[active]
-        length[active] += 1
         for i in np.flatnonzero(active):
-            step = noise_std * rngs[i].normal(size=len(JOINTS))
-            noise[i] = noise_correlation * noise[i] + np.sqrt(1.0 - noise_correlation**2) * step
+            frames[i].append({key: values[i] for key, values in frame.items()})
 
         ended = np.flatnonzero(done & active)
         for i in ended:
-            keep = terminations[i] or not only_successes
-            kept += keep
-            episode = {key: buffers[key][i, : length[i]].copy() for key in frame}
-            for key in ("next.reward", "next.done", "next.success"):
-                episode[key] = episode[key][:, 0].astype(bool if key != "next.reward" else np.float32)
+            keep = (terminations[i] or not only_successes) and verdict != "discard"
+            if keep:
+                episode = {key: np.stack([step[key] for step in frames[i]]) for key in frame}
+                episode |= {f"observation.images.{camera}": encode(film) for camera, film in films[i].items()}
             finished[int(seeds[i])] = {**episode, "seed": int(seeds[i])} if keep else None
+            frames[i], kept = [], kept + keep
         active[ended] = False
-        # An episode more only if it will be wanted: then those that were played are the first ones, whatever num_envs
+        # One more only if it is wanted: what was played are then the same episodes whatever num_envs
         restarted = ended[: num_episodes - kept - active.sum()]
-        fresh = np.isin(np.arange(num_envs), restarted)
+        active[restarted] = True
         seeds[restarted] = next_seed + np.arange(len(restarted))
         next_seed += len(restarted)
-        active[restarted] = True
+        fresh = np.isin(np.arange(num_envs), restarted)
         envs.paused[:] = ~active
         while released in finished:
-            yield finished.pop(released)
+            episode = finished.pop(released)
             released += 1
+            failures = 0 if episode else failures + 1
+            yield episode
+            if failures == GIVE_UP:
+                raise ValueError(f"{GIVE_UP} episodes in a row failed, too many for --only-successes")
+
+
+class KeyboardPolicy:
+    """A person at the keyboard of MuJoCo's viewer, as a policy of one environment; an episode waits for its first key.
+
+    The viewer reports that a key is pressed, and neither that it is held nor let go: a press asks for a motion of a
+    fixed length, which is then made at `PACE`. Args: `envs`, in mode "human"; `stop`, as of `record_episodes`.
+    """
+
+    def __init__(self, envs: PaperSquareVectorEnv, stop: Callable[[], object]):
+        self.envs, self.stop = envs, stop
+        self.kinematics = ArmKinematics()
+        self.keys = deque()  # pressed, not yet seen to; the viewer's thread appends
+        envs.key_callback = self.keys.append
+        self.reset(np.ones(1, dtype=bool))
+
+    def reset(self, mask: np.ndarray) -> None:
+        self.keys.clear()
+        self.left, self.begun, self.verdict = np.zeros(6), False, ""
+
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        while True:
+            while self.keys:
+                key = self.keys.popleft()
+                if key in VERDICTS:
+                    self.verdict = VERDICTS[key][1] if self.begun or VERDICTS[key][1] == "discard" else ""
+                else:
+                    self.left = self.left + key_to_motion(key)
+            self.begun = self.begun or self.left.any()
+            if self.begun or self.verdict or self.stop():
+                break
+            self.envs.render()
+        motion = np.clip(self.left, -PACE, PACE)
+        self.left = self.left - motion
+        return motion_to_action(obs, motion[None], self.envs.act_scale, self.kinematics)
+
+
+def key_to_motion(key: int) -> np.ndarray:
+    """The motion (6,) that a press of a key, by its GLFW code, asks for: x, y, z, pitch, roll, gripper; m and rad."""
+    motion = np.zeros(len(PRESS))
+    if key in KEYS:
+        _, _, axis, sign = KEYS[key]
+        motion[axis] = sign * PRESS[axis]
+    return motion
+
+
+def motion_to_action(obs: np.ndarray, motion: np.ndarray, act_scale: float, kinematics: ArmKinematics) -> np.ndarray:
+    """Actions (num_envs, 6) that move the fingertip's target by `motion` (num_envs, 6): x, y, z, pitch, roll, gripper.
+
+    Damped least squares on the joint targets; pitch and roll are the fingers' own, and stay as they are when the
+    fingertip moves. A step longer than `act_scale`, rad, is scaled as a whole.
+    """
+    si = to_si(obs)
+    _, jacobian = kinematics(si[:, OBS["joint_pos"]] + si[:, OBS["joint_target_error"]])
+    weight = JacobianIKPolicy.ANGLE_WEIGHT  # m per rad
+    rows = np.zeros((len(obs), 5, 5))  # task by joint
+    rows[:, :3] = jacobian
+    rows[:, 3, 1:4] = weight
+    rows[:, 4, [0, 4]] = weight, -weight  # fingers down, their heading is shoulder_pan - wrist_roll
+    error = motion[:, :5] * [1.0, 1.0, 1.0, weight, weight]
+    columns = rows.swapaxes(1, 2)
+    damped = rows @ columns + TELEOP_DAMPING**2 * np.eye(5)
+    step = (columns @ np.linalg.solve(damped, error[:, :, None]))[:, :, 0]  # (num_envs, 5), rad
+    action = np.concatenate([step, motion[:, 5:]], axis=1) / act_scale
+    return action / np.maximum(np.abs(action).max(axis=1, keepdims=True), 1.0)
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    started = time.perf_counter()
+    stopped = []  # signals that came
     try:
-        if args.policy:
+        check_args(args)
+        if args.videos:
+            check_rendering()
+        env_kwargs = {"num_threads": args.num_threads, "autoreset_mode": AutoresetMode.DISABLED}
+        if args.teleop:
+            env_kwargs |= {"render_mode": "human", "max_episode_steps": TELEOP_STEPS}
+        elif args.policy:
             policy = make_base_policy(args.policy, il_checkpoint=args.model_path)
-            env_kwargs = {}
         else:
             checkpoint = load_checkpoint(args.model_path)
             policy = importlib.import_module(checkpoint["script"]).make_policy(checkpoint)
-            env_kwargs = checkpoint["env_kwargs"]
-        dataset = Dataset(Path(args.output_dir), make_features(args.video_height * args.videos), args.append)
-    except (ValueError, OSError) as error:
+            env_kwargs |= checkpoint["env_kwargs"]
+        if args.videos:
+            env_kwargs |= {"height": args.video_height, "width": 4 * args.video_height // 3}
+        features = make_features(args.video_height * args.videos)
+        dataset = Dataset(Path(args.output_dir), features, args.append, 1 if args.teleop else FLUSH_EPISODES)
+        first_seed = dataset.next_seed if args.seed is None else args.seed
+        torch.set_num_threads(1)  # the cores are for the physics
+        envs = PaperSquareVectorEnv(1 if args.teleop else min(args.num_envs, args.num_episodes), **env_kwargs)
+
+        def stop() -> bool:
+            return bool(stopped) or envs.viewer_closed
+
+        if args.teleop:
+            policy = KeyboardPolicy(envs, stop)
+            envs.reset(seed=first_seed)
+            envs.render()
+            print("\n".join(f"{name:10} {what}" for name, what, *_ in (*KEYS.values(), *VERDICTS.values())))
+            print("An episode begins with the first key and is saved at its end. ] is the view from above.")
+    except (ValueError, RuntimeError, OSError) as error:
         fail(str(error))
-    torch.set_num_threads(1)
-    stopped = []
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stopped.append(1))
-    envs = PaperSquareVectorEnv(
-        min(args.num_envs, args.num_episodes),
-        num_threads=args.num_threads,
-        autoreset_mode=AutoresetMode.DISABLED,
-        **env_kwargs,
-    )
-    first_seed = dataset.next_seed if args.seed is None else args.seed
-    bar = tqdm(total=args.num_episodes, unit="ep")
-    dropped = 0
-    for episode in play_episodes(
-        policy,
-        envs,
-        first_seed,
-        args.num_episodes,
-        args.only_successes,
-        args.noise_std,
-        args.noise_correlation,
-        lambda: bool(stopped),
-    ):
-        if episode is None:
-            dropped += 1
-        else:
-            dataset.add(episode)
-            bar.update()
-    dataset.flush()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: stopped.append(number))
+
+    start, lengths, successes, dropped, trouble = time.perf_counter(), [], 0, 0, ""
+    bar = tqdm(total=args.num_episodes, desc="recording", unit="ep")
+    noise, cameras = (args.noise_std, args.noise_correlation), CAMERAS if args.videos else ()
+    task = (first_seed, args.num_episodes, args.only_successes)
+    try:
+        try:
+            for episode in record_episodes(policy, envs, *task, *noise, cameras, stop):
+                if episode is None:
+                    dropped += 1
+                    bar.set_postfix(dropped=dropped)
+                    continue
+                dataset.add(episode)
+                lengths.append(len(episode["action"]))
+                successes += bool(episode["next.success"][-1])
+                bar.update()
+        finally:
+            dataset.flush()
+    except OSError as error:
+        fail(f"cannot write on: {error}; {args.output_dir} holds the episodes that were written before")
+    except ValueError as error:
+        trouble = str(error)
     bar.close()
     envs.close()
-    print(f"{dataset.info['total_episodes']} episodes, {dataset.info['total_frames']} frames in {args.output_dir}")
-    print(f"train on them: python act.py --dataset {args.output_dir}")
-    sys.exit(130 if stopped else 0)
+    if lengths:
+        print(
+            f"{len(lengths)} episodes, {sum(lengths)} frames; {100 * successes / len(lengths):.0f} % successes, "
+            f"{dropped} dropped; mean length {np.mean(lengths) / POLICY_HZ:.1f} s, "
+            f"recorded in {time.perf_counter() - start:.0f} s"
+        )
+        total = f"{dataset.info['total_episodes']} episodes in {args.output_dir}"
+        print(f"{total}; train on them: python act.py --dataset {args.output_dir}")
+    else:
+        print("no episode was finished, and nothing written")
+    if trouble:
+        fail(trouble)
+    sys.exit(128 + stopped[0] if stopped else 0)
