@@ -58,7 +58,7 @@ class Args:
     """predict joint targets relative to the measured joints, which are small; off: absolute ones, as LeRobot does"""
 
     # Imitation
-    train_steps: int = 5000
+    train_steps: int = 2000
     """gradient steps"""
     batch_size: int = 128
     """frames per gradient step, each with its chunk"""
@@ -72,11 +72,11 @@ class Args:
     """joint targets that one observation predicts, k"""
     n_action_steps: int = 8
     """how many of them are played before the next prediction"""
-    dim_model: int = 96
+    dim_model: int = 64
     """width of the transformers"""
     n_heads: int = 4
     """attention heads; must divide dim_model"""
-    dim_feedforward: int = 192
+    dim_feedforward: int = 128
     """width of their feed-forward layers"""
     n_decoder_layers: int = 1
     """layers that turn queries into actions, attending to the observation"""
@@ -174,7 +174,7 @@ class Network(nn.Module):
         # Policy: an encoder over z, state and environment_state, and a decoder with a learned query per action
         self.state_proj, self.environment_state_proj = nn.Linear(6, dim), nn.Linear(14, dim)
         self.latent_proj = nn.Linear(args.latent_dim, dim)
-        self.token = nn.Parameter(0.02 * torch.randn(1, 3, dim))
+        self.token = nn.Parameter(0.02 * torch.randn(1, 3, dim))  # added, it says which token is which
         self.encoder = nn.TransformerEncoder(encoder_layer, args.n_encoder_layers, nn.LayerNorm(dim), False)
         self.query = nn.Parameter(0.02 * torch.randn(1, args.chunk_size, dim))
         self.decoder = nn.TransformerDecoder(decoder_layer, args.n_decoder_layers, nn.LayerNorm(dim))

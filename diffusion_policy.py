@@ -1,5 +1,5 @@
 """Diffusion policy (arXiv 2303.04137) imitates demonstrations: it denoises noise into a chunk of joint targets.
-A transformer learns to tell the noise (DDPM); DDIM (arXiv 2010.02502) acts in a few steps, from the same noise always.
+An MLP learns to see through the noise (DDPM); DDIM (arXiv 2010.02502) acts in few steps, from the same noise always.
 In N minutes on two cores, to N % of held-out episodes:
     python record_demos.py --num-episodes 100 --output-dir demos
     python diffusion_policy.py --dataset demos
@@ -7,6 +7,7 @@ The policy is a base to be lifted: python ppo_residual.py --base-policy il --il-
 """
 
 import copy
+import functools
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -62,7 +63,7 @@ class Args:
     """predict joint targets relative to the measured joints, which are small; off: absolute ones, as LeRobot does"""
 
     # Imitation
-    train_steps: int = 5000
+    train_steps: int = 2000
     """gradient steps"""
     batch_size: int = 128
     """frames per gradient step, each with its chunk"""
@@ -169,7 +170,7 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """The denoiser is an MLP over the whole chunk, as arXiv 2409.00588 has it for states: a U-Net's work on a GPU."""
+    """The denoiser is an MLP over the chunk, as in arXiv 2409.00588: a transformer costs a CPU five times as much."""
 
     def __init__(self, args):
         super().__init__()
@@ -189,12 +190,12 @@ class Network(nn.Module):
         self.blocks = nn.ModuleList([Block(hidden_size, embedding_size) for _ in range(args.n_blocks)])
         self.head = nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, 6 * args.chunk_size))
 
-        # What acting needs besides the weights. Always the same noise, from a generator of its own: the frozen policy
-        # is a function of the observation, whatever else is in the batch and whatever was drawn before
+        # Acting starts from the same noise always, from a generator of its own: so a frozen policy is a function of the
+        # observation, whatever else is in the batch and whatever was drawn before
         noise = torch.randn((1, args.chunk_size, 6), generator=torch.Generator().manual_seed(args.seed))
         self.register_buffer("noise", noise)
-        self.register_buffer("low", torch.full((6,), -1.0))
-        self.register_buffer("high", torch.full((6,), 1.0))  # of the normalised actions of the demonstrations
+        self.register_buffer("low", torch.full((6,), -1.0))  # to high: range of the demonstrations' normalised actions
+        self.register_buffer("high", torch.full((6,), 1.0))
         self.register_buffer("alphas_cumprod", squared_cosine_schedule(args.num_train_timesteps), persistent=False)
 
     def forward(self, x, timesteps, state, environment_state):
@@ -219,9 +220,8 @@ class Network(nn.Module):
         observation = self.normalizer.observation(state, environment_state)
         shape = len(state), *self.noise.shape[1:]
         noise = torch.randn(shape) if self.sample else self.noise.expand(shape)
-        chunks = ddim(
-            lambda x, t: self.denoise(x, t, *observation), noise, self.alphas_cumprod, self.num_inference_steps
-        )
+        denoise = functools.partial(self.denoise, state=observation[0], environment_state=observation[1])
+        chunks = ddim(denoise, noise, self.alphas_cumprod, self.num_inference_steps)
         return self.normalizer.unnormalize(chunks, state)
 
 
@@ -288,6 +288,7 @@ def add_noise(x, noise, alpha_cumprod):
 def ddim(denoise, x, alphas_cumprod, num_inference_steps):
     """Chunks from noise x (n, chunk_size, 6) by DDIM with eta = 0; denoise(x, t) estimates the noise-free ones."""
     stride = len(alphas_cumprod) // num_inference_steps
+    # Begins a stride below the last timestep, which holds too little signal to divide by
     for t in range((num_inference_steps - 1) * stride, -1, -stride):
         alpha, next_alpha = alphas_cumprod[t], alphas_cumprod[t - stride] if t else torch.ones(())
         estimate = denoise(x, t)

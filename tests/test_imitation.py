@@ -44,11 +44,12 @@ def demos(tmp_path_factory):
     return folder / "demos"
 
 
-@pytest.fixture(params=IMITATION)
+@pytest.fixture(params=["act.py", "act.py --temporal-ensemble-coeff 0.1", "diffusion_policy.py"])
 def run(request, demos, monkeypatch, tmp_path):
     """A tiny run: the script's module, its globals at the end."""
-    script = run_script(request.param, f"--dataset {demos} {TINY[request.param]}", monkeypatch, tmp_path)
-    return IMITATION[request.param], script
+    name, *flags = request.param.split()
+    script = run_script(name, f"--dataset {demos} {TINY[name]} {' '.join(flags)}", monkeypatch, tmp_path)
+    return IMITATION[name], script
 
 
 def observations(num=5, seed=0):
