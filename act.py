@@ -132,7 +132,7 @@ class Normalizer(nn.Module):
         """Take the statistics of observations (N, 6), (N, 14) and of what the mask (N, chunk_size) leaves of chunks."""
         actions = (chunks - state[:, None] * self.relative_actions)[mask]
         for name, x in (("state", state), ("environment_state", environment_state), ("action", actions)):
-            std = x.std(0)
+            std = x.std(0, correction=0)
             # Weights of what never varied, as tape_half_size, are untrained: unscaled, it stays small if it does vary
             getattr(self, f"{name}_std").copy_(torch.where(std < 0.02, 1.0, std))
             getattr(self, f"{name}_mean").copy_(x.mean(0))

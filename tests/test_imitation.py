@@ -108,14 +108,14 @@ def test_normalisation_has_mean_zero_and_deviation_one_and_goes_back(relative):
     normalizer.fit(state, environment_state, chunks, mask)
     normalized = normalizer.normalize(chunks, state)
     np.testing.assert_allclose(normalized[mask].mean(0), 0.0, atol=1e-3)
-    np.testing.assert_allclose(normalized[mask].std(0), 1.0, atol=1e-3)
+    np.testing.assert_allclose(normalized[mask].std(0), 1.0, atol=2e-3)
     torch.testing.assert_close(normalizer.unnormalize(normalized, state)[mask], chunks[mask], atol=1e-3, rtol=1e-5)
     if relative:
         expected = (chunks - state[:, None])[mask]
         np.testing.assert_allclose(normalizer.action_mean, expected.numpy().mean(0), atol=1e-4)
 
     seen, around = normalizer.observation(state, environment_state)
-    np.testing.assert_allclose(seen[:, :5].std(0), 1.0, atol=1e-3)
+    np.testing.assert_allclose(seen[:, :5].std(0), 1.0, atol=2e-3)
     assert not seen[:, 5].any() and not around[:, 12].any()
     environment_state[:, 12], state[:, 0] = 0.1, 1e4  # what never varied does, and the arm is where none has been
     seen, around = normalizer.observation(state, environment_state)
