@@ -353,6 +353,5 @@ if __name__ == "__main__":
     # The result, on test episodes, which nothing was chosen by
     checkpoint = make_checkpoint(args, network, global_step)
     policy = make_policy(checkpoint)
-    policies = {args.exp_name: policy}
-    results = report(policies, checkpoint, args.test_episodes, evaluations, run_dir, film=args.capture_video)
+    results = report(policy, checkpoint, args.test_episodes, evaluations, run_dir, film=args.capture_video)
     writer.close()

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 IMITATION = {"act.py": act, "diffusion_policy.py": diffusion_policy}
 SMALL = {  # networks
     "act.py": {"chunk_size": 4, "n_action_steps": 2, "dim_model": 16, "n_heads": 2, "dim_feedforward": 32},
-    "diffusion_policy.py": {"chunk_size": 4, "n_action_steps": 2, "hidden_size": 32, "embedding_size": 16},
+    "diffusion_policy.py": {"chunk_size": 4, "n_action_steps": 2, "channels": 8, "embedding_size": 16},
 }
 TINY_RUN = (
     "--train-steps 4 --batch-size 8 --log-freq 2 --eval-episodes 1 --test-episodes 1 --num-threads 1 --torch-threads 1"
@@ -39,7 +39,7 @@ TINY = {
 def demos(tmp_path_factory):
     """A dataset of three episodes, in a folder."""
     folder = tmp_path_factory.mktemp("dataset")
-    flags = "--num-episodes 3 --output-dir demos"
+    flags = f"--num-episodes 3 --output-dir demos --model-path {ROOT}/assets/ppo_residual.pt"
     subprocess.run([sys.executable, ROOT / "record_demos.py", *flags.split()], cwd=folder, check=True)
     return folder / "demos"
 
@@ -277,7 +277,7 @@ def test_same_seed_same_weights_however_often_it_is_evaluated(name, demos, monke
 def test_a_short_training_reproduces_the_chunks_of_a_demonstration(name, demos, monkeypatch, tmp_path):
     sizes = {
         "act.py": "--dim-model 32 --n-heads 2 --dim-feedforward 64 --dropout 0",
-        "diffusion_policy.py": "--hidden-size 128 --ema-decay 0.98",
+        "diffusion_policy.py": "--channels 32 --ema-decay 0.98",
     }
     flags = "--num-demos 1 --chunk-size 4 --n-action-steps 2 --train-steps 400 --batch-size 32 --learning-rate 3e-3"
     flags += f" --test-episodes 1 --eval-episodes 1 --num-threads 1 --torch-threads 1 {sizes[name]}"
@@ -352,7 +352,8 @@ BAD_INPUT_OF_ACT = {
 BAD_INPUT_OF_DIFFUSION = {
     "--num-inference-steps 101": "num-inference-steps",
     "--ema-decay 1": "ema-decay",
-    "--hidden-size 0": "hidden-size",
+    "--channels 12": "channels",
+    "--chunk-size 9 --n-action-steps 4": "chunk-size",
 }
 
 

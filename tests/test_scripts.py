@@ -11,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import act
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import act
 import base_policies
 import eval as evaluation
 import ppo
