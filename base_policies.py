@@ -10,9 +10,6 @@ that the residual scripts inherit, `make_base(args)` builds what they ask for.
 
 import functools
 import importlib
-import json
-import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,14 +31,6 @@ ENV_STATE = tuple(name for name in OBS if not name.startswith("joint_"))  # rows
 _ctrlrange = mujoco.MjModel.from_xml_path(str(SCENE_PATH)).actuator_ctrlrange  # (6, 2), rad
 LEROBOT_ZERO = np.array([0.0] * 5 + [_ctrlrange[5, 0]])  # rad
 LEROBOT_SCALE = np.array([180.0 / np.pi] * 5 + [100.0 / (_ctrlrange[5, 1] - _ctrlrange[5, 0])])  # per rad
-
-# A folder `pretrained_model` of LeRobot: its files (train_config.json holds nothing to play), the features that it must
-# have been trained on, and the steps that its processors may have, because LeRobot would import whatever they name
-LEROBOT_FILES = re.compile(r"config\.json|model\.safetensors|policy_(pre|post)processor\w*\.(json|safetensors)")
-LEROBOT_NEEDED = ("config.json", "model.safetensors", "policy_preprocessor.json", "policy_postprocessor.json")
-LEROBOT_LIMIT = 2**30  # bytes in all: every checkpoint of a residual on such a base holds them
-LEROBOT_FEATURES = {"observation.state": [6], "observation.environment_state": [14], "action": [6]}
-LEROBOT_STEPS = re.compile(r"(rename_observations|to_batch|device|normalizer|unnormalizer)_processor")
 
 
 def joints_to_lerobot(joints: np.ndarray) -> np.ndarray:
@@ -284,128 +273,6 @@ class FrozenILPolicy:
         return joints_to_rad(chunk.numpy())
 
 
-def read_folder(folder: Path) -> dict:
-    """What `load_il` returns of a LeRobot folder: its files as bytes, (size,) uint8 each, for a checkpoint to hold."""
-    paths = [path for path in sorted(folder.iterdir()) if LEROBOT_FILES.fullmatch(path.name) and path.is_file()]
-    lacking = [name for name in LEROBOT_NEEDED if name not in [path.name for path in paths]]
-    if lacking:
-        raise ValueError(
-            f"{folder} is not a policy of LeRobot, it lacks {', '.join(lacking)}: give the folder "
-            "OUT/checkpoints/STEP/pretrained_model that lerobot-train wrote"
-        )
-    size = sum(path.stat().st_size for path in paths)
-    if size > LEROBOT_LIMIT:
-        raise ValueError(f"{folder} holds {size / 2**20:.0f} MiB: at most {LEROBOT_LIMIT // 2**20} MiB can be a base")
-    files = {path.name: torch.from_numpy(np.fromfile(path, dtype=np.uint8)) for path in paths}
-    return {"script": "lerobot", "files": files}
-
-
-def parse_lerobot(name: str, content: torch.Tensor):
-    """A LeRobot folder's file from its bytes: a .json parsed, a .safetensors its header; raises ValueError if cut."""
-    data = content.numpy().tobytes()
-    if name.endswith(".json"):
-        return json.loads(data)
-    start = 8 + int.from_bytes(data[:8], "little")  # the header's size, the header, the tensors
-    header = json.loads(data[8:start])
-    end = start + max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
-    if len(data) != end:
-        raise ValueError(f"{len(data)} bytes instead of {end}")
-    return header
-
-
-def check_lerobot(files: dict[str, torch.Tensor]) -> dict:
-    """The config.json of a LeRobot folder's files; raises ValueError, in one line, if they cannot be played as a base.
-
-    It goes before LeRobot, which would import modules and download files that they name, and do without statistics.
-    """
-    if not set(LEROBOT_NEEDED) <= files.keys() or not all(LEROBOT_FILES.fullmatch(name) for name in files):
-        raise ValueError(f"these are not the files of a LeRobot policy: {', '.join(map(repr, files))}")
-    name, parsed = "", {}
-    try:
-        for name, content in files.items():
-            parsed[name] = parse_lerobot(name, content)
-        name = "config.json"
-        config = parsed[name]
-        features = {**config["input_features"], **config["output_features"]}
-        shapes = {key: feature["shape"] for key, feature in features.items()}
-        kind, history, scheduler = config["type"], config["n_obs_steps"], config.get("noise_scheduler_type", "DDIM")
-        name = "policy_preprocessor.json or policy_postprocessor.json"
-        steps = parsed["policy_preprocessor.json"]["steps"] + parsed["policy_postprocessor.json"]["steps"]
-        steps = [(step.get("registry_name", step.get("class")), step.get("state_file")) for step in steps]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{name} of the LeRobot policy is damaged ({type(error).__name__}: {error})") from error
-    if kind not in ("act", "diffusion"):
-        raise ValueError(f"the LeRobot policy must be of type act or diffusion, found {kind!r}")
-    if shapes != LEROBOT_FEATURES:
-        raise ValueError(
-            f"the LeRobot policy must have the features {LEROBOT_FEATURES}, found {shapes}: "
-            "train it on a dataset of record_demos.py without --videos"
-        )
-    if history != 1 or scheduler != "DDIM":
-        raise ValueError(
-            "a LeRobot diffusion policy must act from one observation and draw no noise as it goes: train it with "
-            "--policy.n_obs_steps=1 --policy.noise_scheduler_type=DDIM (the latter also works in its config.json)"
-        )
-    for step, state_file in steps:
-        if not LEROBOT_STEPS.fullmatch(str(step)):
-            raise ValueError(f"the LeRobot policy has a processor that is not known here: {step!r}")
-        if str(state_file) not in files and (state_file is not None or "normalizer" in step):
-            raise ValueError(f"the LeRobot policy lacks the statistics of its {step}: {state_file!r}")
-    return config
-
-
-class LeRobotNetwork:
-    """A policy that LeRobot trained on a dataset of record_demos.py, run by LeRobot: its ACT, or its diffusion policy.
-
-    The latter with DDIM (arXiv 2010.02502), from one noise for all observations, so that the base is a function of the
-    observation. Args: `files`, what a `pretrained_model` folder holds, (size,) uint8 by name. Raises ValueError, with
-    one line for the user, if they cannot be played or LeRobot is not installed.
-    """
-
-    def __init__(self, files: dict[str, torch.Tensor]):
-        config = check_lerobot(files)
-        try:
-            from draccus import decode
-            from lerobot.configs.policies import PreTrainedConfig
-            from lerobot.policies.factory import get_policy_class, make_pre_post_processors
-            from safetensors.torch import load_model
-        except ImportError as error:
-            raise ValueError(
-                "a LeRobot policy needs LeRobot: pip install lerobot==0.4.4, in an environment of its own that "
-                f"tests/test_lerobot.py describes ({str(error).splitlines()[0]})"
-            ) from error
-        # The training's own random numbers go on as if this were not
-        with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
-            for name, content in files.items():
-                content.numpy().tofile(Path(folder, name))
-            try:
-                self.config = decode(PreTrainedConfig, {**config, "device": "cpu"})
-                self.policy = get_policy_class(self.config.type)(self.config).eval().requires_grad_(False)
-                load_model(self.policy, Path(folder, "model.safetensors"))  # strict, as from_pretrained is not
-                self.pre, self.post = make_pre_post_processors(
-                    self.config, folder, preprocessor_overrides={"device_processor": {"device": "cpu"}}
-                )
-            except Exception as error:  # whatever LeRobot and its parsers raise
-                reason = " ".join(str(error).split())[:200]
-                raise ValueError(f"LeRobot cannot load the policy ({type(error).__name__}: {reason})") from error
-        self.n_action_steps = self.config.n_action_steps
-        if self.config.type == "act":
-            self.chunk_size, coeff = self.config.chunk_size, self.config.temporal_ensemble_coeff
-            self.temporal_ensemble_coeff = 0.0 if coeff is None else coeff or 1e-9  # LeRobot's 0.0 is the plain mean
-        else:
-            self.chunk_size, self.temporal_ensemble_coeff = self.n_action_steps, 0.0
-            shape = (1, self.config.horizon, len(JOINTS))
-            self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-    def predict(self, state: torch.Tensor, environment_state: torch.Tensor) -> torch.Tensor:
-        """Absolute joint targets (num, chunk_size, 6) for states (num, 6) and (num, 14), in LeRobot's units."""
-        batch = self.pre({"observation.state": state, "observation.environment_state": environment_state})
-        if self.config.type == "act":
-            return self.post(self.policy.predict_action_chunk(batch))
-        history = {key: batch[key][:, None] for key in LEROBOT_FEATURES if key != "action"}  # (num, 1, ...)
-        return self.post(self.policy.diffusion.generate_actions(history, self.noise.expand(len(state), -1, -1)))
-
-
 class HybridPolicy:
     """Several bases as one, by weight.
 
@@ -453,7 +320,7 @@ def load_il(path: str) -> dict:
             "base policy 'il' needs --il-checkpoint: a .pt file of act.py or diffusion_policy.py, or a LeRobot folder"
         )
     if Path(path).is_dir():
-        return read_folder(Path(path))
+        return importlib.import_module("lerobot_policy").read_folder(Path(path))
     state = importlib.import_module("eval").load_checkpoint(path)
     if state["script"] not in IL_SCRIPTS:
         raise ValueError(f"{path} comes from {state['script']}.py, not from one of {', '.join(IL_SCRIPTS)}")
@@ -462,9 +329,7 @@ def load_il(path: str) -> dict:
 
 def load_network(state: dict):
     """The network of an imitation-learned checkpoint, with `predict`, `chunk_size`, `n_action_steps`, ..."""
-    if state["script"] == "lerobot":
-        return LeRobotNetwork(state["files"])
-    if state["script"] not in IL_SCRIPTS:  # a checkpoint does not get to choose what is imported
+    if state["script"] not in (*IL_SCRIPTS, "lerobot_policy"):  # a checkpoint does not get to choose what is imported
         raise ValueError(f"the base comes from {state['script']!r}, not from one of {', '.join(IL_SCRIPTS)}")
     return importlib.import_module(state["script"]).make_network(state)
 

@@ -23,9 +23,11 @@ import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
 import base_policies
+import lerobot_policy
 import ppo_residual
-from base_policies import LEROBOT_NEEDED, joints_to_rad, load_il, load_network, make_base_policy, to_lerobot
+from base_policies import joints_to_rad, load_il, load_network, make_base_policy, to_lerobot
 from env_paper_square import OBS, PaperSquareVectorEnv, to_si
+from lerobot_policy import LEROBOT_NEEDED
 
 ROOT = Path(__file__).resolve().parent.parent
 STATISTICS = {name: f"policy_{name}processor_step.safetensors" for name in ("pre", "post")}
@@ -96,7 +98,7 @@ def through_a_file(state):
 
 def test_a_folder_is_read_as_bytes_that_a_checkpoint_can_hold(folder):
     state = through_a_file(load_il(str(folder)))
-    assert state["script"] == "lerobot"
+    assert state["script"] == "lerobot_policy"
     assert sorted(state["files"]) == sorted([*LEROBOT_NEEDED, *STATISTICS.values()])  # no train_config.json, no README
     for name, content in state["files"].items():
         assert bytes(content.tolist()) == (folder / name).read_bytes()
@@ -116,7 +118,7 @@ def test_the_folder_around_it_and_one_of_its_files_are_refused(folder):
 
 
 def test_a_folder_too_large_for_a_checkpoint_is_refused(folder, monkeypatch):
-    monkeypatch.setattr(base_policies, "LEROBOT_LIMIT", 2**20)
+    monkeypatch.setattr(lerobot_policy, "LEROBOT_LIMIT", 2**20)
     (folder / "model.safetensors").write_bytes(safetensors(2**21))
     refused(folder, "holds 2 MiB: at most 1 MiB")
 
