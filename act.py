@@ -21,7 +21,7 @@ from tqdm import trange
 from base_policies import FrozenILPolicy
 from env_paper_square import OBS, EnvArgs, eval_kwargs
 from eval import check_rendering, fail, report, validate
-from record_demos import load_demos
+from lerobot_dataset import load_demos
 
 
 @dataclass

@@ -24,7 +24,7 @@ from tqdm import trange
 from base_policies import FrozenILPolicy
 from env_paper_square import OBS, EnvArgs, eval_kwargs
 from eval import check_rendering, fail, report, validate
-from record_demos import load_demos
+from lerobot_dataset import load_demos
 
 FREQUENCIES = torch.logspace(0.0, -2.0, 16)  # of the sines and cosines that tell the timestep, rad per step
 
@@ -84,7 +84,7 @@ class Args:
     """width of what its blocks are told of timestep and observation"""
     num_train_timesteps: int = 100
     """steps of the noising, K"""
-    num_inference_steps: int = 8
+    num_inference_steps: int = 4
     """steps of DDIM when it acts; its cost rises with them"""
     prediction_type: Literal["sample", "epsilon"] = "sample"
     """what the denoiser predicts: the chunk, or the noise as in the paper, which takes far longer to get precise"""

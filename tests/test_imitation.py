@@ -18,7 +18,7 @@ import diffusion_policy
 import eval as evaluation
 from base_policies import make_base_policy
 from env_paper_square import PaperSquareVectorEnv
-from record_demos import load_demos
+from lerobot_dataset import load_demos
 
 ROOT = Path(__file__).resolve().parent.parent
 IMITATION = {"act.py": act, "diffusion_policy.py": diffusion_policy}

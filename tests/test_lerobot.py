@@ -270,7 +270,7 @@ def select_action(lerobot, network, observation):
 def test_lerobot_reads_what_record_demos_writes(demos):
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    from record_demos import TASK, load_demos
+    from lerobot_dataset import TASK, load_demos
 
     ours = load_demos(demos)
     names = {"observation.state": "state", "observation.environment_state": "environment_state", "action": "action"}
