@@ -39,7 +39,7 @@ TINY = {
 def demos(tmp_path_factory):
     """A dataset of three episodes, in a folder."""
     folder = tmp_path_factory.mktemp("dataset")
-    flags = "--num-episodes 3 --output-dir demos"
+    flags = f"--num-episodes 3 --model-path {ROOT}/assets/ppo_residual.pt --output-dir demos"
     subprocess.run([sys.executable, ROOT / "record_demos.py", *flags.split()], cwd=folder, check=True)
     return folder / "demos"
 
