@@ -39,7 +39,7 @@ TINY = {
 def demos(tmp_path_factory):
     """A dataset of three episodes, in a folder."""
     folder = tmp_path_factory.mktemp("dataset")
-    flags = f"--num-episodes 3 --output-dir demos --model-path {ROOT}/assets/ppo_residual.pt"
+    flags = f"--num-episodes 3 --model-path {ROOT}/assets/ppo_residual.pt --output-dir demos"
     subprocess.run([sys.executable, ROOT / "record_demos.py", *flags.split()], cwd=folder, check=True)
     return folder / "demos"
 
@@ -229,7 +229,7 @@ def test_relative_chunks_move_with_the_joints(module):
         torch.testing.assert_close(other - one, (relative * shift).expand_as(one), atol=1e-3, rtol=1e-3)
 
 
-def test_a_run_leaves_checkpoints_that_play_alike_everywhere(run):
+def test_a_run_leaves_checkpoints_that_play_alike_everywhere(run, demos):
     module, script = run
     run_dir = script["run_dir"].resolve()
     assert {"args.json", "best.pt", "last.pt", "results.json"} <= {path.name for path in run_dir.iterdir()}
@@ -238,6 +238,8 @@ def test_a_run_leaves_checkpoints_that_play_alike_everywhere(run):
     raw = torch.load(run_dir / "last.pt", weights_only=True)
     checkpoint = evaluation.load_checkpoint(run_dir / "last.pt")
     assert checkpoint["script"] == raw["script"] == module.__name__ and "num_threads" in checkpoint["args"]
+    state_mean = load_demos(demos)["state"].mean(0)
+    np.testing.assert_allclose(checkpoint["model"]["normalizer.state_mean"], state_mean, atol=1e-3)
     policies = [
         script["policy"],
         module.make_policy(checkpoint),
