@@ -43,7 +43,7 @@ RECORD = "record_demos.py --num-episodes 100 --output-dir"
 ALPHA = "ppo_residual.py --alpha 0.3"
 ACT = "--il-checkpoint assets/act.pt"
 DIFFUSION = "--il-checkpoint assets/diffusion_policy.pt"
-BLEND = f"{ACT} --hybrid-bases jacobian il --hybrid-weights 0.5 0.5"
+BLEND = f"{ACT} --hybrid-bases jacobian il --hybrid-weights 0.7 0.3"
 WIDE = (
     "--randomize-xy 0.08 --randomize-yaw 1.5708"  # x 0.11 to 0.27 m, y -0.17 to -0.01 m; the sheet looks alike after pi
 )
