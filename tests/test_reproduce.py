@@ -15,15 +15,19 @@ import pytest
 import tyro
 from scipy.stats import norm
 
+import act
+import diffusion_policy
 import eval as evaluation
 import ppo
 import ppo_residual
+import record_demos
 import reproduce
 import sac_residual
 from reproduce import Suite, interquartile_mean, interval, probability_of_improvement
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"ppo.py": ppo, "ppo_residual.py": ppo_residual, "sac_residual.py": sac_residual, "eval.py": evaluation}
+MODULES = (act, diffusion_policy, evaluation, ppo, ppo_residual, record_demos, sac_residual)
+SCRIPTS = {f"{module.__name__}.py": module for module in MODULES}
 TINY = "--total-timesteps 32 --num-envs 2 --num-steps 8 --minibatch-size 8 --eval-episodes 1"
 TINY_SUITE = Suite({"base": "eval.py --policy jacobian", "PPO, tiny": f"ppo.py {TINY}"}, ("base",), 2, 2)
 
@@ -110,8 +114,11 @@ def test_table_of_methods_on_known_data():
 @pytest.mark.parametrize("suite", reproduce.SUITES)
 def test_dry_run_prints_commands_that_parse(suite, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
     reproduce.main(reproduce.Args(suite=suite, dry_run=True))
     lines = capsys.readouterr().out.splitlines()
+    if reproduce.SUITES[suite].demos:
+        assert lines.pop(0) == "python record_demos.py --num-episodes 100 --output-dir demos"
     trained = sum("eval.py" not in command for command in reproduce.SUITES[suite].methods.values())
     alone = len(reproduce.SUITES[suite].methods) - trained
     assert len(lines) == 2 * trained * reproduce.SUITES[suite].seeds + alone
@@ -124,7 +131,7 @@ def test_dry_run_prints_commands_that_parse(suite, monkeypatch, tmp_path, capsys
             folders.add((args.exp_name, args.seed))
     assert len(folders) == trained * reproduce.SUITES[suite].seeds  # no two runs share one
     assert set(reproduce.SUITES[suite].references) <= set(reproduce.SUITES[suite].methods)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["assets"]
 
 
 @pytest.mark.parametrize(
@@ -235,6 +242,20 @@ def test_other_commands_or_episodes_are_run_again(tiny, monkeypatch):
     reproduce.main(reproduce.Args(suite="tiny", episodes=3, only="base"))
     assert [row["episodes"] for row in reproduce.read_rows("tiny", Path("results"))[0]] == ["3", "2"]
     assert "| judged by other episodes |" in Path("results", "table.md").read_text()
+
+
+def test_demonstrations_are_recorded_once_and_first(tiny, monkeypatch):
+    train = "act.py --dataset demos --train-steps 1 --batch-size 8 --eval-episodes 1 --torch-threads 1"
+    suite = Suite({"ACT, tiny": train}, (), 1, 2, demos="demos")
+    monkeypatch.setattr(reproduce, "SUITES", {"tiny": suite})
+    record = f"record_demos.py --num-episodes 2 --model-path {ROOT}/assets/ppo_residual.pt --output-dir"
+    monkeypatch.setattr(reproduce, "RECORD", record)
+    assert reproduce.main(reproduce.Args(suite="tiny")) == 0
+    recorded = Path("demos/meta/info.json").stat().st_mtime_ns
+    assert reproduce.main(reproduce.Args(suite="tiny", episodes=3)) == 0
+    assert Path("demos/meta/info.json").stat().st_mtime_ns == recorded
+    (row,) = reproduce.read_rows("tiny", Path("results"))[0]
+    assert (row["steps"], row["episodes"]) == ("1", "3")
 
 
 def test_a_run_of_another_suite_is_not_repeated(tiny, monkeypatch):

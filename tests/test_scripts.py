@@ -22,9 +22,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import act
 import base_policies
+import benchmark
+import diffusion_policy
 import eval as evaluation
 import ppo
 import ppo_residual
+import record_demos
 import reproduce
 import sac_residual
 from base_policies import JacobianIKPolicy
@@ -35,7 +38,8 @@ from sac_residual import ReplayBuffer, n_step_returns
 ROOT = Path(__file__).resolve().parent.parent
 TRAINING = {"ppo.py": ppo, "ppo_residual.py": ppo_residual, "sac_residual.py": sac_residual}
 SCRIPTS = {name: module.Args for name, module in TRAINING.items()}
-SCRIPTS |= {"eval.py": evaluation.Args, "reproduce.py": reproduce.Args}
+OTHERS = (act, benchmark, diffusion_policy, evaluation, record_demos, reproduce)
+SCRIPTS |= {f"{module.__name__}.py": module.Args for module in OTHERS}
 TINY_RUN = "--total-timesteps 32 --num-envs 2 --eval-episodes 1 --test-episodes 1 --eval-freq 1000"
 TINY = {
     "ppo.py": f"{TINY_RUN} --num-steps 8 --minibatch-size 8 --update-epochs 1",
@@ -431,7 +435,9 @@ def test_a_run_writes_what_the_readme_says(monkeypatch, tmp_path):
     documented = set(re.findall(f"`((?:{groups})/\\w+)`", readme))
     assert "`reward/<term>`" in readme
     everything = set.union(*logged.values())
-    assert documented == {key for key in everything if not key.startswith("reward/")}
+    imitation = (ROOT / "act.py").read_text() + (ROOT / "diffusion_policy.py").read_text()
+    imitated = set(re.findall(f'"((?:{groups})/\\w+)"', imitation))
+    assert documented == {key for key in everything if not key.startswith("reward/")} | imitated
     only = {name: everything - keys for name, keys in logged.items()}  # what a script does not log
     assert all(key.startswith(("losses/", "residual/")) for key in set.union(*only.values()))
 
@@ -665,7 +671,7 @@ def test_readme_commands_parse_and_name_files_that_exist():
 
 @pytest.mark.parametrize("name", [*SCRIPTS, "env_paper_square.py", "base_policies.py"])
 def test_every_flag_has_help(name):
-    body = definitions(name)[{"env_paper_square.py": "EnvArgs", "base_policies.py": "BaseArgs"}.get(name, "Args")].body
+    body = definitions(name)[{"env_paper_square.py": "EnvArgs", "base_policies.py": "BaseFlags"}.get(name, "Args")].body
     for field, help_text in zip(body, [*body[1:], None], strict=True):
         if isinstance(field, ast.AnnAssign):
             assert isinstance(help_text, ast.Expr) and len(help_text.value.value) > 5, field.target.id
