@@ -1,16 +1,16 @@
-"""What a step costs: physics, environment, base policies; all measured in one run, so that ratios mean something.
+"""What a base policy costs beside the environment, all measured in one run, so that ratios mean something.
 
-    python benchmark.py                      # a minute; with nothing else running
+    python benchmark.py                      # half a minute; with nothing else running
 
-A step is one policy step of one environment. Every figure is the median over the repeats, with the lowest and the
-highest; a repeat measures all rows before the next begins, so a slow spell of the machine does not fall on one row.
+A step is one policy step of one environment, in the episodes that the base plays; the environment's is mostly physics.
+Every figure is the median over the repeats, with the lowest and the highest; a repeat measures all rows before the next
+begins, so that a slow spell of the machine does not fall on one row.
 """
 
 import os
 import time
 from dataclasses import dataclass
 
-import mujoco
 import numpy as np
 import torch
 import tyro
@@ -25,7 +25,7 @@ class Args:
     repeats: int = 5
     """how often everything is measured"""
     seconds: float = 2.0
-    """how long each row takes per repeat, s"""
+    """how long each base plays per repeat, s"""
     num_envs: int = 128
     """environments stepped together"""
     num_threads: int = 0
@@ -55,23 +55,6 @@ def play(policy, num_envs: int, num_threads: int, seconds: float) -> tuple[float
     return 1e6 * of_policy / steps, 1e6 * of_envs / steps
 
 
-def physics(num_envs: int, seconds: float) -> float:
-    """Microseconds per step of one thread that does nothing but call mj_step, over the states of a base's episodes."""
-    envs = PaperSquareVectorEnv(num_envs)
-    stages = np.arange(num_envs) * envs.max_episode_steps // num_envs
-    obs, _ = envs.reset(seed=0, options={"episode_steps": stages})
-    policy = make_base_policy("jacobian")
-    for _ in range(60):  # most arms press on their sheet by then
-        obs, *_ = envs.step(policy(obs))
-    simulations = [(envs.batch.get_model(i), envs.batch.get_data(i)) for i in range(num_envs)]
-    steps, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        for model, data in simulations:
-            mujoco.mj_step(model, data, envs.control_ticks * envs.physics_steps)
-        steps += num_envs
-    return 1e6 * (time.perf_counter() - start) / steps
-
-
 if __name__ == "__main__":
     args = tyro.cli(Args)
     if min(args.repeats, args.num_envs, args.torch_threads) < 1 or not args.seconds > 0:
@@ -84,19 +67,14 @@ if __name__ == "__main__":
         }
     except ValueError as error:
         fail(str(error))
-    cores = os.cpu_count()
-    samples = []  # of each repeat, us per step by row
+    samples = {name: [] for name in policies}  # (us of the base, us of the environment), of each repeat
     for _ in range(args.repeats):
-        sample = {f"physics alone, {cores} cores at once": physics(args.num_envs, args.seconds) / cores}
         for name, policy in policies.items():
-            of_policy, of_envs = play(policy, args.num_envs, args.num_threads, args.seconds)
-            sample |= {f"{name}: base policy": of_policy, f"{name}: environment": of_envs}
-        samples.append(sample)
-    bound, *_ = samples[0]
-    lines = [["us per step", "median", "lowest", "highest", "times the physics"]]
-    for row in samples[0]:
-        values = [sample[row] for sample in samples]
-        ratio = np.median([sample[row] / sample[bound] for sample in samples])
-        lines.append([row, *(f"{f(values):.1f}" for f in (np.median, min, max)), f"{ratio:.2f}"])
-    print(f"{args.num_envs} environments, {cores} cores, torch on {args.torch_threads}")
+            samples[name].append(play(policy, args.num_envs, args.num_threads, args.seconds))
+    lines = [["us per step", "base policy", "environment", "ratio"]]
+    for name, sample in samples.items():
+        columns = [*zip(*sample, strict=True), [of_policy / of_envs for of_policy, of_envs in sample]]
+        cells = [f"{np.median(column):.3g} ({min(column):.3g} to {max(column):.3g})" for column in columns]
+        lines.append([name, *cells])
+    print(f"{args.num_envs} environments, {os.cpu_count()} cores, {args.torch_threads} of them for torch")
     print(align(lines))

@@ -39,6 +39,7 @@ PURE_RL = "ppo.py --num-envs 64 --minibatch-size 512 --total-timesteps 1000000 -
 SHORT_PPO = "ppo_residual.py --total-timesteps 100000"  # stopped while it still learns
 SHORT_SAC = "sac_residual.py --total-timesteps 20000 --eval-freq 10000"
 QUICK = "--total-timesteps 1024 --num-envs 8 --eval-episodes 4"
+IMITATION = ("act.py", "diffusion_policy.py")
 RECORD = "record_demos.py --num-episodes 100 --output-dir"
 ALPHA = "ppo_residual.py --alpha 0.3"
 ACT = "--il-checkpoint assets/act.pt"
@@ -418,6 +419,8 @@ def plot_curves(runs: list[dict], curves: list[dict], path: Path) -> None:
     methods = by_method(runs)
     for method, colour in colours(methods).items():
         rows = methods[method]
+        if rows[0]["command"].startswith(IMITATION):  # their steps are gradient steps
+            continue
         if not of_run(rows[0], curves):  # nothing was trained
             success = solved(rows).mean()
             axis.axhline(success, color=colour, linestyle=":", label=f"{method} (test episodes)")
@@ -514,9 +517,10 @@ def main(args: Args) -> int:
         runs.append(row | {"checksum": checksum(row, curve)})
         write_rows(args.suite, runs, curves, folder)
 
-    record = [*shlex.split(RECORD), suite.demos] if suite.demos and not Path(suite.demos).exists() else []
+    record = [*shlex.split(RECORD), suite.demos]
+    to_record = suite.demos and not Path(suite.demos).exists()
     if args.dry_run:
-        if record:
+        if to_record and matrix:
             print(f"python {shlex.join(record)}")
         for job in matrix:
             print("\n".join(f"python {shlex.join(line)}" for line in commands(*job, episodes, cores)))
@@ -530,8 +534,6 @@ def main(args: Args) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except (RuntimeError, OSError) as error:  # no SLURM here, or no right to write here
         fail(str(error))
-    if record:
-        subprocess.run([sys.executable, str(ROOT / record[0]), *record[1:]], check=True)
     executor.update_parameters(timeout_min=args.timeout_min, cpus_per_task=cores, name=f"paper_square_{args.suite}")
     if args.slurm_partition:
         executor.update_parameters(slurm_partition=args.slurm_partition)
@@ -544,6 +546,8 @@ def main(args: Args) -> int:
             if row:
                 keep(row | {"method": method}, of_run(row, points))
                 matrix.remove((method, command, seed))
+    if to_record and matrix:
+        subprocess.run([sys.executable, str(ROOT / record[0]), *record[1:]], check=True)
     facts = {"commit": current_commit(), "cores": cores, "side_by_side": min(at_once, len(matrix))}
     start, failures = time.perf_counter(), 0
     print(f"{len(matrix)} runs, {facts['side_by_side']} side by side; {len(done)} done before", flush=True)

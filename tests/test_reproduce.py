@@ -246,7 +246,7 @@ def test_other_commands_or_episodes_are_run_again(tiny, monkeypatch):
 
 def test_demonstrations_are_recorded_once_and_first(tiny, monkeypatch):
     train = "act.py --dataset demos --train-steps 1 --batch-size 8 --eval-episodes 1 --torch-threads 1"
-    suite = Suite({"ACT, tiny": train}, (), 1, 2, demos="demos")
+    suite = Suite({"base": "eval.py --policy zero", "ACT, tiny": train}, (), 1, 2, demos="demos")
     monkeypatch.setattr(reproduce, "SUITES", {"tiny": suite})
     record = f"record_demos.py --num-episodes 2 --model-path {ROOT}/assets/ppo_residual.pt --output-dir"
     monkeypatch.setattr(reproduce, "RECORD", record)
@@ -254,7 +254,7 @@ def test_demonstrations_are_recorded_once_and_first(tiny, monkeypatch):
     recorded = Path("demos/meta/info.json").stat().st_mtime_ns
     assert reproduce.main(reproduce.Args(suite="tiny", episodes=3)) == 0
     assert Path("demos/meta/info.json").stat().st_mtime_ns == recorded
-    (row,) = reproduce.read_rows("tiny", Path("results"))[0]
+    _, row = reproduce.read_rows("tiny", Path("results"))[0]
     assert (row["steps"], row["episodes"]) == ("1", "3")
 
 
