@@ -23,6 +23,7 @@ from env_paper_square import FINGERTIPS, JOINTS, OBS, SCENE_PATH, to_si
 
 BASE_POLICIES = ("zero", "jacobian", "hybrid", "il")
 CONTACT_HEIGHT = 0.009  # m, the fingertip's centre on the sheet: 1 mm of card and the fingertip's radius of 8 mm
+ANGLE_WEIGHT = 0.05  # m per rad, of the fingers' pitch and heading against the fingertip's position
 NOMINAL_WAY = 0.18  # m, from the sheet's nominal start to the square
 IL_SCRIPTS = ("act", "diffusion_policy")  # that an imitation-learned checkpoint may come from
 
@@ -52,6 +53,11 @@ def to_lerobot(obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     state = joints_to_lerobot(to_si(obs)[:, OBS["joint_pos"]])
     environment_state = np.concatenate([obs[:, OBS[name]] for name in ENV_STATE], axis=1)
     return state.astype(np.float32), environment_state.astype(np.float32)
+
+
+def joint_targets(state: np.ndarray) -> np.ndarray:
+    """Where the servos are sent, (num, 6), rad, from observations in SI units (num, obs_dim)."""
+    return state[:, OBS["joint_pos"]] + state[:, OBS["joint_target_error"]]
 
 
 @dataclass
@@ -122,6 +128,21 @@ class ArmKinematics:
         return position, jacobian
 
 
+def damped_step(jacobian: np.ndarray, motion: np.ndarray, damping: float) -> np.ndarray:
+    """Joint steps (num, 5), rad, for `motion` (num, 5): fingertip, m, the fingers' pitch and their heading, rad.
+
+    Damped least squares, `damping` in m; jacobian (num, 3, 5), m/rad, as `ArmKinematics` has it.
+    """
+    rows = np.zeros((len(motion), 5, 5))  # task by joint
+    rows[:, :3] = jacobian
+    rows[:, 3, 1:4] = ANGLE_WEIGHT
+    rows[:, 4, [0, 4]] = ANGLE_WEIGHT, -ANGLE_WEIGHT  # fingers down, heading is shoulder_pan - wrist_roll
+    error = motion * [1.0, 1.0, 1.0, ANGLE_WEIGHT, ANGLE_WEIGHT]
+    columns = rows.swapaxes(1, 2)
+    damped = rows @ columns + damping**2 * np.eye(5)
+    return (columns @ np.linalg.solve(damped, error[:, :, None]))[:, :, 0]
+
+
 class JacobianIKPolicy:
     """Press-and-drag by damped least squares: steers where the sheet lies and has no notion of its yaw.
 
@@ -151,7 +172,6 @@ class JacobianIKPolicy:
     RELEASE_HEIGHT = CONTACT_HEIGHT + 0.0025  # m
     LEAD = 0.006  # m, how far ahead of the fingertip its target runs: height comes right before it gets there
     PITCH = np.pi / 2  # rad, straight down
-    ANGLE_WEIGHT = 0.05  # m per rad, of pitch and heading against position
 
     def __init__(
         self,
@@ -169,21 +189,14 @@ class JacobianIKPolicy:
 
     def __call__(self, obs: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         state = to_si(obs)  # (num_envs, obs_dim), SI units
-        joint_target = state[:, OBS["joint_pos"]] + state[:, OBS["joint_target_error"]]
+        joint_target = joint_targets(state)
         commanded, jacobian = self.kinematics(joint_target)
         pitch = joint_target[:, 1:4].sum(axis=1)  # rad, about three parallel axes
 
         error = np.zeros((len(obs), 5))
         error[:, :3] = self.fingertip_target(state, commanded) - commanded
-        error[:, 3] = self.ANGLE_WEIGHT * (self.PITCH - pitch)
-        rows = np.zeros((len(obs), 5, 5))  # task by joint
-        rows[:, :3] = jacobian
-        rows[:, 3, 1:4] = self.ANGLE_WEIGHT
-        rows[:, 4, [0, 4]] = self.ANGLE_WEIGHT, -self.ANGLE_WEIGHT  # fingers down, heading is shoulder_pan - wrist_roll
-
-        columns = rows.swapaxes(1, 2)
-        damped = rows @ columns + self.damping**2 * np.eye(5)
-        step = self.gain * (columns @ np.linalg.solve(damped, error[:, :, None]))[:, :, 0]  # (num_envs, 5), rad
+        error[:, 3] = self.PITCH - pitch
+        step = self.gain * damped_step(jacobian, error, self.damping)  # (num_envs, 5), rad
         step *= np.minimum(1.0, self.speed_limit / np.maximum(np.abs(step).max(axis=1, keepdims=True), 1e-9))
         action = np.zeros((len(obs), len(JOINTS)))
         action[:, :5] = step / self.act_scale
@@ -227,32 +240,29 @@ class FrozenILPolicy:
         self.act_scale = act_scale
         self.network = load_network(state)
         self.n_action_steps, self.coeff = self.network.n_action_steps, self.network.temporal_ensemble_coeff
-        self.pointer = np.zeros(0, dtype=np.int64)
+        self.pointer = np.zeros(0, dtype=np.int64)  # next step of the chunk; or how many chunks an ensemble has
 
     def reset(self, mask: np.ndarray) -> None:
         if len(mask) != len(self.pointer):
             chunks = self.network.chunk_size if self.coeff else 1  # (num_envs, chunks, chunk_size, 6), newest first
             self.chunks = np.zeros((len(mask), chunks, self.network.chunk_size, len(JOINTS)))
-            self.pointer = np.zeros(len(mask), dtype=np.int64)  # steps since the episode began, or the chunk
-            self.empty = np.ones(len(mask), dtype=bool)
-        self.pointer[mask], self.empty[mask] = 0, True
+            self.pointer, mask = np.zeros(len(mask), dtype=np.int64), np.ones(len(mask), dtype=bool)
+        self.pointer[mask] = 0 if self.coeff else self.n_action_steps  # none yet, or used up
 
     def __call__(self, obs: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         ids = np.arange(len(obs)) if mask is None else np.flatnonzero(mask)
         if len(self.pointer) == 0:
             self.reset(np.ones(len(obs) if mask is None else len(mask), dtype=bool))
-        state = to_si(obs)
-        joint_target = state[:, OBS["joint_pos"]] + state[:, OBS["joint_target_error"]]  # (ids, 6), rad
         play = self.ensemble if self.coeff else self.play_chunk
-        return np.clip(play(obs, ids, joint_target) / self.act_scale, -1.0, 1.0)
+        return np.clip(play(obs, ids, joint_targets(to_si(obs))) / self.act_scale, -1.0, 1.0)
 
     def play_chunk(self, obs: np.ndarray, ids: np.ndarray, joint_target: np.ndarray) -> np.ndarray:
         """Increments (ids, 6), rad, by the chunks that the environments `ids` are in."""
-        ask = self.empty[ids] | (self.pointer[ids] == self.n_action_steps)
+        ask = self.pointer[ids] == self.n_action_steps
         if ask.any():
             targets = np.concatenate([joint_target[ask, None], self.predict(obs[ask])], axis=1)
             self.chunks[ids[ask], 0] = np.diff(targets, axis=1)
-            self.pointer[ids[ask]], self.empty[ids[ask]] = 0, False
+            self.pointer[ids[ask]] = 0
         self.pointer[ids] += 1
         return self.chunks[ids, 0, self.pointer[ids] - 1]
 

@@ -27,11 +27,11 @@ from gymnasium.vector import AutoresetMode
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from base_policies import BaseArgs, BaseFlags, base_kwargs, make_base_policy
+from base_policies import IL_SCRIPTS, BaseArgs, BaseFlags, base_kwargs, make_base_policy
 from env_paper_square import OBS, OBS_SCALE, SHEET_HALF_SIZE, EnvArgs, PaperSquareVectorEnv, to_si
 
 POLICY_HZ = 30  # steps per second, the environment's default
-SCRIPTS = ("ppo_residual", "ppo", "sac_residual", "act", "diffusion_policy")  # that a checkpoint may come from
+SCRIPTS = ("ppo_residual", "ppo", "sac_residual", *IL_SCRIPTS)  # that a checkpoint may come from
 VALIDATION_SEED = 1_000_000  # episodes that training evaluates on as it goes
 TEST_SEED = 2_000_000  # episodes that results are reported on
 LARGEST_RESIDUAL = 6**0.5  # norm of a residual action with all six entries at their bounds

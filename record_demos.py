@@ -27,13 +27,14 @@ from tqdm import tqdm
 from base_policies import (
     ArmKinematics,
     BaseFlags,
-    JacobianIKPolicy,
     base_kwargs,
+    damped_step,
+    joint_targets,
     joints_to_lerobot,
     make_base_policy,
     to_lerobot,
 )
-from env_paper_square import JOINTS, OBS, PaperSquareVectorEnv, to_si
+from env_paper_square import JOINTS, PaperSquareVectorEnv, to_si
 from eval import POLICY_HZ, VALIDATION_SEED, check_rendering, fail, load_checkpoint
 from lerobot_dataset import CAMERAS, FLUSH_EPISODES, Dataset, encode, make_features
 
@@ -156,9 +157,7 @@ def record_episodes(
                 film.append(envs.render_frame(i, camera))
 
         action = np.clip(policy(obs), -1.0, 1.0)
-        si = to_si(obs)
-        joint_target = si[:, OBS["joint_pos"]] + si[:, OBS["joint_target_error"]]  # (num_envs, 6), rad
-        wanted = np.clip(joint_target + envs.act_scale * action, envs.ctrl_low, envs.ctrl_high)
+        wanted = np.clip(joint_targets(to_si(obs)) + envs.act_scale * action, envs.ctrl_low, envs.ctrl_high)
         state, environment_state = to_lerobot(obs)
         executed = action + noise[np.arange(num_envs), [len(steps) for steps in frames]]
         obs, rewards, terminations, truncations, _ = envs.step(executed)
@@ -250,17 +249,8 @@ def motion_to_action(obs: np.ndarray, motion: np.ndarray, act_scale: float, kine
     Damped least squares on the joint targets; pitch and roll are the fingers' own, and stay as they are when the
     fingertip moves. A step longer than `act_scale`, rad, is scaled as a whole.
     """
-    si = to_si(obs)
-    _, jacobian = kinematics(si[:, OBS["joint_pos"]] + si[:, OBS["joint_target_error"]])
-    weight = JacobianIKPolicy.ANGLE_WEIGHT  # m per rad
-    rows = np.zeros((len(obs), 5, 5))  # task by joint
-    rows[:, :3] = jacobian
-    rows[:, 3, 1:4] = weight
-    rows[:, 4, [0, 4]] = weight, -weight  # fingers down, their heading is shoulder_pan - wrist_roll
-    error = motion[:, :5] * [1.0, 1.0, 1.0, weight, weight]
-    columns = rows.swapaxes(1, 2)
-    damped = rows @ columns + TELEOP_DAMPING**2 * np.eye(5)
-    step = (columns @ np.linalg.solve(damped, error[:, :, None]))[:, :, 0]  # (num_envs, 5), rad
+    _, jacobian = kinematics(joint_targets(to_si(obs)))
+    step = damped_step(jacobian, motion[:, :5], TELEOP_DAMPING)  # (num_envs, 5), rad
     action = np.concatenate([step, motion[:, 5:]], axis=1) / act_scale
     return action / np.maximum(np.abs(action).max(axis=1, keepdims=True), 1.0)
 

@@ -32,6 +32,7 @@ import numpy as np
 import tyro
 from scipy.stats import binomtest, bootstrap, mannwhitneyu, trim_mean
 
+from base_policies import IL_SCRIPTS
 from eval import fail, pyplot
 
 ROOT = Path(__file__).resolve().parent
@@ -39,7 +40,6 @@ PURE_RL = "ppo.py --num-envs 64 --minibatch-size 512 --total-timesteps 1000000 -
 SHORT_PPO = "ppo_residual.py --total-timesteps 100000"  # stopped while it still learns
 SHORT_SAC = "sac_residual.py --total-timesteps 20000 --eval-freq 10000"
 QUICK = "--total-timesteps 1024 --num-envs 8 --eval-episodes 4"
-IMITATION = ("act.py", "diffusion_policy.py")
 RECORD = "record_demos.py --num-episodes 100 --output-dir"
 ALPHA = "ppo_residual.py --alpha 0.3"
 ACT = "--il-checkpoint assets/act.pt"
@@ -419,7 +419,7 @@ def plot_curves(runs: list[dict], curves: list[dict], path: Path) -> None:
     methods = by_method(runs)
     for method, colour in colours(methods).items():
         rows = methods[method]
-        if rows[0]["command"].startswith(IMITATION):  # their steps are gradient steps
+        if rows[0]["command"].startswith(IL_SCRIPTS):  # their steps are gradient steps
             continue
         if not of_run(rows[0], curves):  # nothing was trained
             success = solved(rows).mean()
