@@ -315,6 +315,12 @@ MAY_DIFFER = {  # definition: why
         "make_checkpoint": "an actor alone is saved",
         "make_policy": "an actor alone is saved",
     },
+    ("act.py", "diffusion_policy.py"): {
+        "Args": "flags of the algorithm",
+        "check_args": "flags of the algorithm",
+        "Network": "the algorithm",
+        "make_policy": "what is sampled",
+    },
 }
 MAY_DIFFER_IN_FLAG = {  # flag: why
     ("ppo.py", "ppo_residual.py"): {},
@@ -326,6 +332,7 @@ MAY_DIFFER_IN_FLAG = {  # flag: why
         "hidden_size": "critics off policy want more",
         "init_std": "SAC squashes its actions",
     },
+    ("act.py", "diffusion_policy.py"): {},
 }
 
 
