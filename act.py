@@ -20,7 +20,7 @@ from tqdm import trange
 
 from base_policies import FrozenILPolicy
 from env_paper_square import OBS, EnvArgs, eval_kwargs
-from eval import check_rendering, fail, report, validate
+from eval import check_rendering, fail, find_device, report, validate
 from lerobot_dataset import load_demos
 
 
@@ -34,6 +34,8 @@ class Args:
     """torch's threads; there is no physics while it trains"""
     num_threads: int = 0
     """threads that step the physics of the evaluations; 0 takes all cores"""
+    device: str = "cpu"
+    """where the networks are: cpu, cuda, or auto, which takes cuda where there is one"""
     track: bool = False
     """also log to Weights & Biases"""
     wandb_project: str = "paper-square"
@@ -201,7 +203,7 @@ class Network(nn.Module):
     def predict(self, state, environment_state):
         """Chunks (n, chunk_size, 6) of absolute joint targets, in LeRobot's units as the observation is."""
         shape = len(state), self.latent_dim
-        z = torch.randn(shape) if self.sample else torch.zeros(shape)
+        z = (torch.randn(shape) if self.sample else torch.zeros(shape)).to(state.device)
         chunks = self(z, *self.normalizer.observation(state, environment_state))
         return self.normalizer.unnormalize(chunks, state)
 
@@ -231,9 +233,9 @@ def make_network(checkpoint):
     return network.eval()
 
 
-def make_policy(checkpoint, sample=False):
+def make_policy(checkpoint, sample=False, device="cpu"):
     """The policy of a checkpoint alone, its `sample` drawing z from the prior; raises as `make_network`."""
-    policy = FrozenILPolicy(checkpoint, checkpoint["env_kwargs"]["act_scale"])
+    policy = FrozenILPolicy(checkpoint, checkpoint["env_kwargs"]["act_scale"], device)
     policy.network.sample = sample
     return policy
 
@@ -263,6 +265,7 @@ if __name__ == "__main__":
     run_dir = Path("runs") / f"{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         check_args(args)
+        device = find_device(args.device)
         demos = {key: torch.tensor(rows) for key, rows in load_demos(args.dataset, args.num_demos).items()}
         if args.capture_video:
             check_rendering()
@@ -289,6 +292,8 @@ if __name__ == "__main__":
     normalizer.fit(demos["state"], demos["environment_state"], chunks, mask)
     states, environment_states = normalizer.observation(demos["state"], demos["environment_state"])
     chunks = normalizer.normalize(chunks, demos["state"])
+    states, environment_states, chunks, mask = (x.to(device) for x in (states, environment_states, chunks, mask))
+    network.to(device)
     optimizer = optim.AdamW(network.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
 
     # Evaluation on validation episodes, before the first update and every eval_freq steps
@@ -296,8 +301,8 @@ if __name__ == "__main__":
 
     def evaluate(global_step):
         checkpoint = make_checkpoint(args, network, global_step)
-        elapsed = time.perf_counter() - start_time
-        row = validate(make_policy(checkpoint), checkpoint, args.eval_episodes, elapsed, evaluations, run_dir)
+        policy, elapsed = make_policy(checkpoint, device=device), time.perf_counter() - start_time
+        row = validate(policy, checkpoint, args.eval_episodes, elapsed, evaluations, run_dir)
         for key, value in row.items():
             writer.add_scalar(f"eval/{key}", value, global_step)
         writer.add_scalar("time/eval", evaluations[-1]["eval_seconds"], global_step)
@@ -319,7 +324,7 @@ if __name__ == "__main__":
         b_states, b_environment_states = states[b_inds], environment_states[b_inds]
         b_chunks, b_mask = chunks[b_inds], mask[b_inds]
         mean, logvar = network.encode(b_states, b_chunks, b_mask)
-        z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+        z = mean + (0.5 * logvar).exp() * torch.randn(mean.shape).to(device)
         l1_loss = masked_mean((network(z, b_states, b_environment_states) - b_chunks).abs(), b_mask)
         kl_loss = kl_divergence(mean, logvar)
         loss = l1_loss + args.kl_weight * kl_loss
@@ -352,6 +357,6 @@ if __name__ == "__main__":
 
     # The result, on test episodes, which nothing was chosen by
     checkpoint = make_checkpoint(args, network, global_step)
-    policy = make_policy(checkpoint)
+    policy = make_policy(checkpoint, device=device)
     results = report(policy, checkpoint, args.test_episodes, evaluations, run_dir, film=args.capture_video)
     writer.close()

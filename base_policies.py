@@ -232,13 +232,14 @@ class FrozenILPolicy:
     With a `temporal_ensemble_coeff` m above zero, as ACT has it (arXiv 2304.13705), all environments ask at every step,
     and the target is the mean of all chunks' predictions for that step, weighted by exp(-m i), the oldest being i = 0.
 
-    Args: `state`, what `load_il` returns; `act_scale` (rad per step, as the environment's). Raises ValueError if the
-    parts do not fit, and, with a hint, if a LeRobot folder meets no lerobot: never a zero policy.
+    Args: `state`, what `load_il` returns; `act_scale` (rad per step, as the environment's); `device` of the network.
+    Raises ValueError if the parts do not fit, and, with a hint, if a LeRobot folder meets no lerobot: never a zero
+    policy.
     """
 
-    def __init__(self, state: dict, act_scale: float = 0.02):
-        self.act_scale = act_scale
-        self.network = load_network(state)
+    def __init__(self, state: dict, act_scale: float = 0.02, device: torch.device | str = "cpu"):
+        self.act_scale, self.device = act_scale, device
+        self.network = load_network(state).to(device)
         self.n_action_steps, self.coeff = self.network.n_action_steps, self.network.temporal_ensemble_coeff
         self.pointer = np.zeros(0, dtype=np.int64)  # next step of the chunk; or how many chunks an ensemble has
 
@@ -279,8 +280,8 @@ class FrozenILPolicy:
     def predict(self, obs: np.ndarray) -> np.ndarray:
         """Chunks of absolute joint targets (num, chunk_size, 6), rad, for observations (num, obs_dim)."""
         with torch.inference_mode():
-            chunk = self.network.predict(*(torch.from_numpy(part) for part in to_lerobot(obs)))
-        return joints_to_rad(chunk.numpy())
+            chunk = self.network.predict(*(torch.from_numpy(part).to(self.device) for part in to_lerobot(obs)))
+        return joints_to_rad(chunk.cpu().numpy())
 
 
 class HybridPolicy:
@@ -368,33 +369,36 @@ def make_base_policy(
     hybrid_weights: Sequence[float] = (0.5, 0.5),
     hybrid_mode: str = "blend",
     act_scale: float = 0.02,
+    device: torch.device | str = "cpu",
     **ik,
 ):
     """Build the base policy `name`, one of zero, jacobian, hybrid, il.
 
-    `il_state` stands in for the file `il_checkpoint`; `ik` goes to `JacobianIKPolicy` as it is (`gain`, ...). Raises
-    ValueError for an unknown name or arguments that do not fit, and what `FrozenILPolicy` raises.
+    `il_state` stands in for the file `il_checkpoint`; `device` is where an imitation-learned base has its network; `ik`
+    goes to `JacobianIKPolicy` as it is (`gain`, ...). Raises ValueError for an unknown name or arguments that do not
+    fit, and what `FrozenILPolicy` raises.
     """
     if name == "zero":
         return ZeroPolicy()
     if name == "jacobian":
         return JacobianIKPolicy(act_scale, **ik)
     if name == "il":
-        return FrozenILPolicy(il_state or load_il(il_checkpoint), act_scale)
+        return FrozenILPolicy(il_state or load_il(il_checkpoint), act_scale, device)
     if name == "hybrid":
         if "hybrid" in hybrid_bases:
             raise ValueError("hybrid cannot be one of its own bases: choose from zero, jacobian, il")
-        common = {"il_checkpoint": il_checkpoint, "il_state": il_state, "act_scale": act_scale, **ik}
+        common = {"il_checkpoint": il_checkpoint, "il_state": il_state, "act_scale": act_scale, "device": device, **ik}
         return HybridPolicy([make_base_policy(base, **common) for base in hybrid_bases], hybrid_weights, hybrid_mode)
     raise ValueError(f"unknown base policy {name!r}: choose from {', '.join(BASE_POLICIES)}")
 
 
-def make_base(args: BaseArgs, il_state: dict | None = None):
+def make_base(args: BaseArgs, il_state: dict | None = None, device: torch.device | str = "cpu"):
     """Build the base policy that the flags of a residual script ask for; raises as `make_base_policy`.
 
     `il_state` is what `base_state` returned for the same flags: with it, no other file is needed.
     """
-    return make_base_policy(args.base_policy, act_scale=args.act_scale, il_state=il_state, **base_kwargs(args))
+    kwargs = {"act_scale": args.act_scale, "il_state": il_state, "device": device}
+    return make_base_policy(args.base_policy, **kwargs, **base_kwargs(args))
 
 
 def base_state(args: BaseArgs) -> dict | None:

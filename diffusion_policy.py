@@ -23,7 +23,7 @@ from tqdm import trange
 
 from base_policies import FrozenILPolicy
 from env_paper_square import OBS, EnvArgs, eval_kwargs
-from eval import check_rendering, fail, report, validate
+from eval import check_rendering, fail, find_device, report, validate
 from lerobot_dataset import load_demos
 
 FREQUENCIES = torch.logspace(0.0, -2.0, 16)  # of the sines and cosines that tell the timestep, rad per step
@@ -39,6 +39,8 @@ class Args:
     """torch's threads; there is no physics while it trains"""
     num_threads: int = 0
     """threads that step the physics of the evaluations; 0 takes all cores"""
+    device: str = "cpu"
+    """where the networks are: cpu, cuda, or auto, which takes cuda where there is one"""
     track: bool = False
     """also log to Weights & Biases"""
     wandb_project: str = "paper-square"
@@ -209,7 +211,7 @@ class Network(nn.Module):
 
     def forward(self, x, timesteps, state, environment_state):
         """The noise-free chunks, or the noise, (n, chunk_size, 6) in chunks x at timesteps (n,), all normalised."""
-        angles = timesteps[:, None] * FREQUENCIES
+        angles = timesteps[:, None] * FREQUENCIES.to(x.device)
         embedding = self.embed(torch.cat([angles.sin(), angles.cos(), state, environment_state], dim=1))
         down = self.down(x.transpose(1, 2), embedding)  # (n, channels, chunk_size)
         middle = self.middle2(self.middle1(self.shorten(down), embedding), embedding)
@@ -219,7 +221,7 @@ class Network(nn.Module):
     def denoise(self, x, t, state, environment_state):
         """An estimate of the noise-free chunks from x (n, chunk_size, 6) at timestep t, within their range."""
         alpha = self.alphas_cumprod[t]
-        estimate = self(x, torch.full((len(x),), t), state, environment_state)
+        estimate = self(x, torch.full((len(x),), t, device=x.device), state, environment_state)
         if self.predicts_noise:
             estimate = (x - (1.0 - alpha).sqrt() * estimate) / alpha.sqrt()
         return estimate.clamp(self.low, self.high)
@@ -228,7 +230,7 @@ class Network(nn.Module):
         """Chunks (n, chunk_size, 6) of absolute joint targets, in LeRobot's units as the observation is."""
         observation = self.normalizer.observation(state, environment_state)
         shape = len(state), *self.noise.shape[1:]
-        noise = torch.randn(shape) if self.sample else self.noise.expand(shape)
+        noise = torch.randn(shape).to(state.device) if self.sample else self.noise.expand(shape)
         denoise = functools.partial(self.denoise, state=observation[0], environment_state=observation[1])
         chunks = ddim(denoise, noise, self.alphas_cumprod, self.num_inference_steps)
         return self.normalizer.unnormalize(chunks, state)
@@ -259,9 +261,9 @@ def make_network(checkpoint):
     return network.eval()
 
 
-def make_policy(checkpoint, sample=False):
+def make_policy(checkpoint, sample=False, device="cpu"):
     """The policy of a checkpoint alone, its `sample` starting from new noise each time; raises as `make_network`."""
-    policy = FrozenILPolicy(checkpoint, checkpoint["env_kwargs"]["act_scale"])
+    policy = FrozenILPolicy(checkpoint, checkpoint["env_kwargs"]["act_scale"], device)
     policy.network.sample = sample
     return policy
 
@@ -311,6 +313,7 @@ if __name__ == "__main__":
     run_dir = Path("runs") / f"{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         check_args(args)
+        device = find_device(args.device)
         demos = {key: torch.tensor(rows) for key, rows in load_demos(args.dataset, args.num_demos).items()}
         if args.capture_video:
             check_rendering()
@@ -337,8 +340,10 @@ if __name__ == "__main__":
     normalizer.fit(demos["state"], demos["environment_state"], chunks, mask)
     states, environment_states = normalizer.observation(demos["state"], demos["environment_state"])
     chunks = normalizer.normalize(chunks, demos["state"])
+    states, environment_states, chunks, mask = (x.to(device) for x in (states, environment_states, chunks, mask))
     network.low.copy_(chunks[mask].amin(0))
     network.high.copy_(chunks[mask].amax(0))
+    network.to(device)
     ema = copy.deepcopy(network)
     optimizer = optim.AdamW(network.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
 
@@ -347,8 +352,8 @@ if __name__ == "__main__":
 
     def evaluate(global_step):
         checkpoint = make_checkpoint(args, ema, global_step)
-        elapsed = time.perf_counter() - start_time
-        row = validate(make_policy(checkpoint), checkpoint, args.eval_episodes, elapsed, evaluations, run_dir)
+        policy, elapsed = make_policy(checkpoint, device=device), time.perf_counter() - start_time
+        row = validate(policy, checkpoint, args.eval_episodes, elapsed, evaluations, run_dir)
         for key, value in row.items():
             writer.add_scalar(f"eval/{key}", value, global_step)
         writer.add_scalar("time/eval", evaluations[-1]["eval_seconds"], global_step)
@@ -369,8 +374,8 @@ if __name__ == "__main__":
         b_inds = torch.randint(len(chunks), (args.batch_size,))
         b_states, b_environment_states = states[b_inds], environment_states[b_inds]
         b_chunks, b_mask = chunks[b_inds], mask[b_inds]
-        timesteps = torch.randint(args.num_train_timesteps, (args.batch_size,))
-        noise = torch.randn_like(b_chunks)
+        timesteps = torch.randint(args.num_train_timesteps, (args.batch_size,)).to(device)
+        noise = torch.randn(b_chunks.shape).to(device)
         x = add_noise(b_chunks, noise, network.alphas_cumprod[timesteps, None, None])
         target = noise if network.predicts_noise else b_chunks
         loss = masked_mean((network(x, timesteps, b_states, b_environment_states) - target).square(), b_mask)
@@ -406,6 +411,6 @@ if __name__ == "__main__":
 
     # The result, on test episodes, which nothing was chosen by
     checkpoint = make_checkpoint(args, ema, global_step)
-    policy = make_policy(checkpoint)
+    policy = make_policy(checkpoint, device=device)
     results = report(policy, checkpoint, args.test_episodes, evaluations, run_dir, film=args.capture_video)
     writer.close()

@@ -11,6 +11,7 @@ evaluate with: `validate`, `report`.
 import difflib
 import importlib
 import json
+import os
 import pickle
 import sys
 import time
@@ -24,7 +25,6 @@ import numpy as np
 import torch
 import tyro
 from gymnasium.vector import AutoresetMode
-from scipy.stats import binomtest
 from tqdm import tqdm
 
 from base_policies import IL_SCRIPTS, BaseArgs, BaseFlags, base_kwargs, make_base_policy
@@ -87,6 +87,8 @@ class Args(BaseFlags):
     """environments stepped together"""
     num_threads: int = 0
     """threads that step the physics; 0 takes all cores"""
+    device: str = "cpu"
+    """where the networks are: cpu, cuda, or auto, which takes cuda where there is one"""
     plot: bool = False
     """write results.png"""
     save_video: bool = False
@@ -124,6 +126,17 @@ def fail(message: str) -> NoReturn:
     """End the program for a user's mistake: one line on stderr, exit code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def find_device(name: str) -> torch.device:
+    """The device that --device names, a GPU for each process of torchrun; raises ValueError if it is not there."""
+    if name not in ("cpu", "cuda", "auto"):
+        raise ValueError(f"--device must be cpu, cuda or auto, found {name!r}")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here; --device auto takes one where there is one")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 class Disturbance:
@@ -288,6 +301,8 @@ def classify_failures(episodes: dict, tape_half_size: float) -> np.ndarray:
 
 def summarize(episodes: dict) -> dict:
     """The row of results.json for what `play_episodes` returned; the interval is Wilson's, 95 %."""
+    from scipy.stats import binomtest  # slow to import: not before it is needed
+
     success = episodes["success"].astype(bool)
     interval = binomtest(int(success.sum()), len(success)).proportion_ci(method="wilson")
     times = episodes["length"][success] / POLICY_HZ
@@ -376,6 +391,7 @@ def load_checkpoint(path: str | Path) -> dict:
 def load_policies(args: Args) -> tuple[dict, dict]:
     """The policies that the flags ask for, by name, and the environment arguments of each."""
     policies, env_kwargs, bases = {}, {}, {}
+    device = find_device(args.device)
     asked = {name: getattr(args, name) for name in ("tape_half_size", "randomize_xy", "randomize_yaw")}
     overrides = {name: value for name, value in asked.items() if value is not None}
     for path in args.model_path:
@@ -384,7 +400,7 @@ def load_policies(args: Args) -> tuple[dict, dict]:
         name = f"{checkpoint['args']['exp_name']} seed {checkpoint['args']['seed']}"
         if name in policies:
             name = f"{Path(path).parent.name}/{Path(path).stem}"
-        policy = script.make_policy(checkpoint, sample=args.stochastic)
+        policy = script.make_policy(checkpoint, args.stochastic, device)
         task = {**checkpoint["env_kwargs"], **overrides}
         if args.compare_base and hasattr(policy, "base_policy"):  # pure RL has none
             base_name = f"base {checkpoint['args']['base_policy']}"
@@ -398,7 +414,7 @@ def load_policies(args: Args) -> tuple[dict, dict]:
     names = [*args.policy, *["zero"] * args.compare_zero, *["random"] * args.compare_random]
     shared = next(iter(env_kwargs.values()), {"act_scale": EnvArgs.act_scale, **overrides})
     for name in names:
-        kwargs = {"act_scale": shared["act_scale"], **base_kwargs(args)}
+        kwargs = {"act_scale": shared["act_scale"], "device": device, **base_kwargs(args)}
         policies[name] = RandomPolicy() if name == "random" else make_base_policy(name, **kwargs)
         env_kwargs[name] = shared
     for key in set().union(*env_kwargs.values()) - {"act_scale"}:

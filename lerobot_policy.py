@@ -137,14 +137,23 @@ class LeRobotNetwork:
             self.chunk_size, self.temporal_ensemble_coeff = self.n_action_steps, 0.0
             shape = (1, self.config.horizon, len(JOINTS))
             self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        self.device = "cpu"
+
+    def to(self, device: torch.device | str) -> "LeRobotNetwork":
+        """Move the policy; LeRobot's processors stay on the CPU."""
+        self.policy.to(device)
+        self.device = device
+        return self
 
     def predict(self, state: torch.Tensor, environment_state: torch.Tensor) -> torch.Tensor:
         """Absolute joint targets (num, chunk_size, 6) for states (num, 6) and (num, 14), in LeRobot's units."""
         batch = self.pre({"observation.state": state, "observation.environment_state": environment_state})
+        batch = {key: batch[key].to(self.device) for key in LEROBOT_FEATURES if key != "action"}
         if self.config.type == "act":
-            return self.post(self.policy.predict_action_chunk(batch))
-        history = {key: batch[key][:, None] for key in LEROBOT_FEATURES if key != "action"}  # (num, 1, ...)
-        return self.post(self.policy.diffusion.generate_actions(history, self.noise.expand(len(state), -1, -1)))
+            return self.post(self.policy.predict_action_chunk(batch).cpu())
+        history = {key: x[:, None] for key, x in batch.items()}  # (num, 1, ...)
+        noise = self.noise.to(self.device).expand(len(state), -1, -1)
+        return self.post(self.policy.diffusion.generate_actions(history, noise).cpu())
 
 
 def make_network(state: dict) -> LeRobotNetwork:

@@ -5,6 +5,7 @@ The reach weight draws the finger to the sheet; `--init-std 1` in its place foun
 """
 
 import json
+import os
 import time
 from collections import defaultdict, deque
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from typing import Annotated
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.optim as optim
 import tyro
@@ -22,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from env_paper_square import OBS, EnvArgs, env_kwargs, eval_kwargs
-from eval import VALIDATION_SEED, check_rendering, fail, report, validate
+from eval import VALIDATION_SEED, check_rendering, fail, find_device, report, validate
 
 
 @dataclass
@@ -33,6 +35,10 @@ class Args(EnvArgs):
     """seed of the network, the exploration and the training episodes"""
     torch_threads: int = 1
     """torch's threads; more than one fights the physics for the cores of a small machine"""
+    device: str = "cpu"
+    """where the networks are: cpu, cuda, or auto, which takes cuda where there is one"""
+    compile: bool = False
+    """compile the losses' forward and backward pass (torch.compile); pays off in long trainings only"""
     track: bool = False
     """also log to Weights & Biases"""
     wandb_project: str = "paper-square"
@@ -136,11 +142,11 @@ class Agent(nn.Module):
     def get_value(self, x):
         return self.critic(x).flatten()
 
-    def get_action_and_value(self, x, action=None):
+    def get_action_and_value(self, x, action=None, noise=None):
         mean = self.actor_mean(x)
         probs = Normal(mean, self.actor_logstd.exp().expand_as(mean), validate_args=False)
         if action is None:
-            action = probs.sample()
+            action = mean + probs.stddev * noise
         return action, probs.log_prob(action).sum(1), probs.entropy().sum(1), self.get_value(x)
 
 
@@ -151,10 +157,11 @@ class AgentPolicy:
         self.agent, self.sample = agent, sample
 
     def __call__(self, obs):
+        x = torch.from_numpy(obs).to(self.agent.actor_logstd.device)
         with torch.inference_mode():
-            mean = self.agent.actor_mean(torch.from_numpy(obs))
+            mean = self.agent.actor_mean(x)
             action = torch.normal(mean, self.agent.actor_logstd.exp().expand_as(mean)) if self.sample else mean
-        return action.clamp(-1.0, 1.0).numpy()
+        return action.clamp(-1.0, 1.0).cpu().numpy()
 
     def reset(self, mask):
         pass
@@ -172,8 +179,8 @@ def make_checkpoint(args, agent, global_step):
     }
 
 
-def make_policy(checkpoint, sample=False):
-    """Rebuild the policy from a checkpoint alone; raises ValueError if its parts do not fit."""
+def make_policy(checkpoint, sample=False, device="cpu"):
+    """Rebuild the policy from a checkpoint alone, networks on `device`; raises ValueError if its parts do not fit."""
     try:
         args = Args(**checkpoint["args"])
         with torch.random.fork_rng(devices=[]):  # the training's own random numbers go on as if this were not
@@ -181,7 +188,7 @@ def make_policy(checkpoint, sample=False):
         agent.load_state_dict(checkpoint["model"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"checkpoint does not fit {Path(__file__).name}: {str(error).splitlines()[0]}") from error
-    return AgentPolicy(agent, sample)
+    return AgentPolicy(agent.to(device), sample)
 
 
 def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
@@ -201,39 +208,72 @@ def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
+
+    # Several processes, by torchrun: each steps its share of the environments and differentiates its share of every
+    # minibatch. All draw the same random numbers and hold the same weights; the first one evaluates and writes.
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    num_envs = args.num_envs // world_size
+    own_envs, own_samples = slice(rank * num_envs, (rank + 1) * num_envs), slice(rank, None, world_size)
+    num_threads = args.num_threads
+    if world_size > 1:
+        dist.init_process_group()
+        num_threads = num_threads or max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"]))
+
+    def gather(x, dim=0):
+        """The tensors x of all processes as one, along dim."""
+        if world_size == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(world_size)]
+        dist.all_gather(parts, x)
+        return torch.cat(parts, dim)
+
+    def average_gradients(parameters):
+        """Replace the gradients by their means over the processes."""
+        if world_size > 1:
+            gradients = [parameter.grad for parameter in parameters]
+            total = nn.utils.parameters_to_vector(gradients)
+            dist.all_reduce(total)
+            nn.utils.vector_to_parameters(total / world_size, gradients)
+
     run_dir = Path("runs") / f"{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         check_args(args)
+        if args.num_envs % world_size or args.minibatch_size % world_size:
+            raise ValueError(f"--num-envs and --minibatch-size must be divisible by the {world_size} processes")
+        device = find_device(args.device)
         if args.capture_video:
             check_rendering()
         if args.track:
             import wandb
-        run_dir.mkdir(parents=True)
+        if rank == 0:
+            run_dir.mkdir(parents=True)
     except ImportError:
         fail("--track needs Weights & Biases: pip install wandb")
     except (ValueError, RuntimeError, OSError) as error:
         fail(str(error))
-    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1) + "\n")
-    if args.track:
-        wandb.init(project=args.wandb_project, name=run_dir.name, config=asdict(args), sync_tensorboard=True)
-    writer = SummaryWriter(run_dir)
-    writer.add_text("args", "\n".join(["|flag|value|", "|-|-|", *(f"|{k}|{v}|" for k, v in asdict(args).items())]))
+    if rank == 0:
+        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1) + "\n")
+        if args.track:
+            wandb.init(project=args.wandb_project, name=run_dir.name, config=asdict(args), sync_tensorboard=True)
+        writer = SummaryWriter(run_dir)
+        writer.add_text("args", "\n".join(["|flag|value|", "|-|-|", *(f"|{k}|{v}|" for k, v in asdict(args).items())]))
 
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.torch_threads)
 
     envs = gym.make_vec(
         "PaperSquare-v0",
-        num_envs=args.num_envs,
+        num_envs=num_envs,
         vectorization_mode="vector_entry_point",  # autoreset mode SAME_STEP
-        **env_kwargs(args),
+        **{**env_kwargs(args), "num_threads": num_threads},
     )
     # The first episodes end early, each at another time: in step, every rollout would hold one phase of an episode only
     episode_steps = np.arange(args.num_envs) * envs.max_episode_steps // args.num_envs
-    next_obs, _ = envs.reset(seed=args.seed * args.num_envs, options={"episode_steps": episode_steps})
+    first_seed = args.seed * args.num_envs + own_envs.start
+    next_obs, _ = envs.reset(seed=first_seed, options={"episode_steps": episode_steps[own_envs]})
     next_obs = torch.from_numpy(next_obs)
     obs_dim, action_dim = next_obs.shape[1], envs.single_action_space.shape[0]
-    agent = Agent(obs_dim, action_dim, args.hidden_size, args.init_std)
+    agent = Agent(obs_dim, action_dim, args.hidden_size, args.init_std).to(device)
     optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     actor_parameters = [*agent.actor_mean.parameters(), agent.actor_logstd]
     critic_parameters = list(agent.critic.parameters())
@@ -241,33 +281,37 @@ if __name__ == "__main__":
     # Storage
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
-    obs = torch.zeros((args.num_steps, args.num_envs, obs_dim))
-    actions = torch.zeros((args.num_steps, args.num_envs, action_dim))
-    logprobs = torch.zeros((args.num_steps, args.num_envs))
-    rewards = torch.zeros((args.num_steps, args.num_envs))
-    dones = torch.zeros((args.num_steps, args.num_envs))
-    values = torch.zeros((args.num_steps, args.num_envs))
+    obs = torch.zeros((args.num_steps, num_envs, obs_dim))
+    actions = torch.zeros((args.num_steps, num_envs, action_dim))
+    logprobs = torch.zeros((args.num_steps, num_envs))
+    rewards = torch.zeros((args.num_steps, num_envs))
+    dones = torch.zeros((args.num_steps, num_envs))
+    values = torch.zeros((args.num_steps, num_envs))
 
     # Evaluation on validation episodes, before the first update and every eval_freq steps
     evaluations = []
 
     def evaluate(global_step):
         checkpoint = make_checkpoint(args, agent, global_step)
-        elapsed = time.perf_counter() - start_time
-        row = validate(make_policy(checkpoint), checkpoint, args.eval_episodes, elapsed, evaluations, run_dir)
+        policy, elapsed = make_policy(checkpoint, device=device), time.perf_counter() - start_time
+        row = validate(policy, checkpoint, args.eval_episodes, elapsed, evaluations, run_dir)
         for key, value in row.items():
             writer.add_scalar(f"eval/{key}", value, global_step)
         writer.add_scalar("time/eval", evaluations[-1]["eval_seconds"], global_step)
         return row["success_rate"]
 
+    # torch.compile, of what the update differentiates
+    get_action_and_value = torch.compile(agent.get_action_and_value) if args.compile else agent.get_action_and_value
+
     start_time = time.perf_counter()
-    eval_success = evaluate(0)
+    if rank == 0:
+        eval_success = evaluate(0)
     next_eval = args.eval_freq
     global_step = 0
-    episode_returns = np.zeros(args.num_envs)
-    episode_lengths = np.zeros(args.num_envs)
+    episode_returns = np.zeros(num_envs)
+    episode_lengths = np.zeros(num_envs)
     last_episodes = defaultdict(lambda: deque(maxlen=100))
-    bar = tqdm(total=num_iterations * batch_size, unit="step", unit_scale=True, desc=args.exp_name)
+    bar = tqdm(total=num_iterations * batch_size, unit="step", unit_scale=True, desc=args.exp_name, disable=rank > 0)
 
     for iteration in range(1, num_iterations + 1):
         # Schedules
@@ -284,10 +328,11 @@ if __name__ == "__main__":
         for step in range(args.num_steps):
             global_step += args.num_envs
             obs[step] = next_obs
+            noise = torch.randn(args.num_envs, action_dim)[own_envs]
             with torch.inference_mode():
-                action, logprob, _, value = agent.get_action_and_value(next_obs)
+                action, logprob, _, value = agent.get_action_and_value(next_obs.to(device), noise=noise.to(device))
             actions[step], logprobs[step], values[step] = action, logprob, value
-            action = action.clamp(-1.0, 1.0).numpy()
+            action = action.clamp(-1.0, 1.0).cpu().numpy()
 
             next_obs, reward, terminations, truncations, infos = envs.step(action)
             done = terminations | truncations
@@ -308,7 +353,7 @@ if __name__ == "__main__":
 
             reward = args.reward_scale * reward
             if args.value_init and global_step == args.num_envs:  # the first step
-                offset = reward.mean() / (1.0 - args.gamma)
+                offset = gather(torch.from_numpy(reward)).numpy().mean() / (1.0 - args.gamma)
                 values[step] += offset
                 with torch.no_grad():
                     agent.critic[-1].bias += offset
@@ -317,7 +362,9 @@ if __name__ == "__main__":
             if truncations.any():
                 final_obs = np.stack(infos["final_obs"][truncations])
                 with torch.inference_mode():
-                    reward[truncations] += args.gamma * agent.get_value(torch.from_numpy(final_obs)).numpy()
+                    reward[truncations] += (
+                        args.gamma * agent.get_value(torch.from_numpy(final_obs).to(device)).cpu().numpy()
+                    )
             rewards[step], dones[step] = torch.from_numpy(reward), torch.from_numpy(done)
 
             next_obs = torch.from_numpy(next_obs)
@@ -325,21 +372,23 @@ if __name__ == "__main__":
         # Advantages
         update_start = time.perf_counter()
         with torch.inference_mode():
-            next_value = agent.get_value(next_obs)
+            next_value = agent.get_value(next_obs.to(device)).cpu()
         advantages, returns = compute_gae(rewards, values, dones, next_value, args.gamma, args.gae_lambda)
 
         # Update
-        b_obs, b_actions, b_logprobs = obs.flatten(0, 1), actions.flatten(0, 1), logprobs.flatten()
-        b_advantages, b_returns, b_values = advantages.flatten(), returns.flatten(), values.flatten()
+        b_obs, b_actions, b_logprobs, b_advantages, b_returns, b_values = (
+            gather(x, 1).flatten(0, 1).to(device) for x in (obs, actions, logprobs, advantages, returns, values)
+        )
         for _epoch in range(args.update_epochs):
-            b_inds = torch.randperm(batch_size)
+            b_inds = torch.randperm(batch_size).to(device)
             for mb_inds in b_inds.split(args.minibatch_size):
-                _, newlogprob, entropy, newvalue = agent.get_action_and_value(b_obs[mb_inds], b_actions[mb_inds])
-                logratio = newlogprob - b_logprobs[mb_inds]
-                ratio = logratio.exp()
-
                 mb_advantages = b_advantages[mb_inds]
                 mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
+                mb_inds, mb_advantages = mb_inds[own_samples], mb_advantages[own_samples]
+
+                _, newlogprob, entropy, newvalue = get_action_and_value(b_obs[mb_inds], b_actions[mb_inds])
+                logratio = newlogprob - b_logprobs[mb_inds]
+                ratio = logratio.exp()
                 pg_loss1 = -mb_advantages * ratio
                 pg_loss2 = -mb_advantages * ratio.clamp(1.0 - args.clip_coef, 1.0 + args.clip_coef)
                 pg_loss = torch.max(pg_loss1, pg_loss2).mean()
@@ -349,19 +398,22 @@ if __name__ == "__main__":
 
                 optimizer.zero_grad()
                 loss.backward()
+                average_gradients(agent.parameters())
                 nn.utils.clip_grad_norm_(actor_parameters, args.max_grad_norm)
                 nn.utils.clip_grad_norm_(critic_parameters, args.max_grad_norm)
                 optimizer.step()
         now = time.perf_counter()
+        if rank > 0:
+            continue
 
-        # Logging, of the last minibatch and of the rollout
+        # Logging, of the last minibatch and of the rollout; of several processes' only the first one's share
         with torch.no_grad():
             old_approx_kl, approx_kl = -logratio.mean(), (ratio - 1.0 - logratio).mean()
             clipfrac = ((ratio - 1.0).abs() > args.clip_coef).float().mean()
             explained_var = 1.0 - (b_returns - b_values).var() / b_returns.var()
         scalars = {
             **{key: np.mean(last) for key, last in last_episodes.items() if last},
-            **{key: total / batch_size for key, total in step_sums.items()},
+            **{key: total * world_size / batch_size for key, total in step_sums.items()},
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "charts/tape_half_size": envs.tape_half_size,
             "charts/std": agent.actor_logstd.exp().mean().item(),
@@ -388,7 +440,10 @@ if __name__ == "__main__":
     envs.close()
 
     # The result, on test episodes, which nothing was chosen by
-    checkpoint = make_checkpoint(args, agent, global_step)
-    policy = make_policy(checkpoint)
-    results = report(policy, checkpoint, args.test_episodes, evaluations, run_dir, film=args.capture_video)
-    writer.close()
+    if rank == 0:
+        checkpoint = make_checkpoint(args, agent, global_step)
+        policy = make_policy(checkpoint, device=device)
+        results = report(policy, checkpoint, args.test_episodes, evaluations, run_dir, film=args.capture_video)
+        writer.close()
+    if world_size > 1:
+        dist.destroy_process_group()

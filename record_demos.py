@@ -35,7 +35,7 @@ from base_policies import (
     to_lerobot,
 )
 from env_paper_square import JOINTS, PaperSquareVectorEnv, to_si
-from eval import POLICY_HZ, VALIDATION_SEED, check_rendering, fail, load_checkpoint
+from eval import POLICY_HZ, VALIDATION_SEED, check_rendering, fail, find_device, load_checkpoint
 from lerobot_dataset import CAMERAS, FLUSH_EPISODES, Dataset, encode, make_features
 
 GIVE_UP = 200  # failures in a row
@@ -89,6 +89,8 @@ class Args(BaseFlags):
     """environments stepped together"""
     num_threads: int = 0
     """threads that step the physics; 0 takes all cores"""
+    device: str = "cpu"
+    """where the networks are: cpu, cuda, or auto, which takes cuda where there is one"""
     append: bool = False
     """add to the dataset in output_dir"""
     videos: bool = False
@@ -260,16 +262,17 @@ if __name__ == "__main__":
     stopped = []  # signals that came
     try:
         check_args(args)
+        device = find_device(args.device)
         if args.videos:
             check_rendering()
         env_kwargs = {"num_threads": args.num_threads, "autoreset_mode": AutoresetMode.DISABLED}
         if args.teleop:
             env_kwargs |= {"render_mode": "human", "max_episode_steps": TELEOP_STEPS}
         elif args.policy:
-            policy = make_base_policy(args.policy, **base_kwargs(args))
+            policy = make_base_policy(args.policy, device=device, **base_kwargs(args))
         else:
             checkpoint = load_checkpoint(args.model_path)
-            policy = importlib.import_module(checkpoint["script"]).make_policy(checkpoint)
+            policy = importlib.import_module(checkpoint["script"]).make_policy(checkpoint, device=device)
             env_kwargs |= checkpoint["env_kwargs"]
         if args.videos:
             env_kwargs |= {"height": args.video_height, "width": 4 * args.video_height // 3}

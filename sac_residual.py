@@ -9,6 +9,7 @@ ppo_residual.py in the algorithm only. `--base-policy zero --alpha 1` is plain S
 """
 
 import json
+import os
 import time
 from collections import defaultdict, deque
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from typing import Annotated
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.optim as optim
 import tyro
@@ -27,7 +29,7 @@ from tqdm import tqdm
 
 from base_policies import BaseArgs, base_state, make_base
 from env_paper_square import OBS, EnvArgs, env_kwargs, eval_kwargs
-from eval import VALIDATION_SEED, check_rendering, fail, report, validate
+from eval import VALIDATION_SEED, check_rendering, fail, find_device, report, validate
 
 
 @dataclass
@@ -38,6 +40,10 @@ class Args(EnvArgs, BaseArgs):
     """seed of the network, the exploration and the training episodes"""
     torch_threads: int = 1
     """torch's threads; more than one fights the physics for the cores of a small machine"""
+    device: str = "cpu"
+    """where the networks are: cpu, cuda, or auto, which takes cuda where there is one"""
+    compile: bool = False
+    """compile the losses' forward and backward pass (torch.compile); pays off in long trainings only"""
     track: bool = False
     """also log to Weights & Biases"""
     wandb_project: str = "paper-square"
@@ -218,11 +224,11 @@ class Actor(nn.Module):
         mean, log_std = self.net(x).chunk(2, 1)
         return mean, log_std.clamp(self.LOG_STD_MIN, self.LOG_STD_MAX)
 
-    def get_action(self, x):
-        """Action (batch, action_dim) in (-1, 1), sampled, and the logarithm of its density (batch,)."""
+    def get_action(self, x, noise):
+        """Action (batch, action_dim) in (-1, 1) by standard normal noise, and the logarithm of its density (batch,)."""
         mean, log_std = self(x)
         probs = Normal(mean, log_std.exp(), validate_args=False)
-        y = probs.rsample()
+        y = mean + probs.stddev * noise
         log_det = 2.0 * (np.log(2.0) - y - nn.functional.softplus(-2.0 * y))  # log(1 - tanh(y)^2)
         return y.tanh(), (probs.log_prob(y) - log_det).sum(1)
 
@@ -234,9 +240,11 @@ class AgentPolicy:
         self.actor, self.sample = actor, sample
 
     def __call__(self, obs):
-        x = torch.from_numpy(obs)
+        x = torch.from_numpy(obs).to(self.actor.net[-1].weight.device)
         with torch.inference_mode():
-            return (self.actor.get_action(x)[0] if self.sample else self.actor(x)[0].tanh()).numpy()
+            mean, log_std = self.actor(x)
+            action = torch.normal(mean, log_std.exp()) if self.sample else mean
+        return action.tanh().cpu().numpy()
 
     def reset(self, mask):
         pass
@@ -300,8 +308,8 @@ def make_checkpoint(args, actor, global_step):
     }
 
 
-def make_policy(checkpoint, sample=False):
-    """Rebuild the policy from a checkpoint alone; raises ValueError if its parts do not fit."""
+def make_policy(checkpoint, sample=False, device="cpu"):
+    """Rebuild the policy from a checkpoint alone, networks on `device`; raises ValueError if its parts do not fit."""
     try:
         args = Args(**checkpoint["args"])
         with torch.random.fork_rng(devices=[]):  # the training's own random numbers go on as if this were not
@@ -309,58 +317,92 @@ def make_policy(checkpoint, sample=False):
         actor.load_state_dict(checkpoint["model"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"checkpoint does not fit {Path(__file__).name}: {str(error).splitlines()[0]}") from error
-    policy = AgentPolicy(actor, sample)
-    base_policy, alpha = make_base(args, checkpoint.get("base")), alpha_at(args, checkpoint["global_step"])
+    policy = AgentPolicy(actor.to(device), sample)
+    base_policy = make_base(args, checkpoint.get("base"), device)
+    alpha = alpha_at(args, checkpoint["global_step"])
     return ResidualPolicy(policy, base_policy, alpha, args.base_input)
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
+
+    # Several processes, by torchrun: each steps its share of the environments and differentiates its share of every
+    # batch. All draw the same random numbers and hold the same weights; the first one evaluates and writes.
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    num_envs = args.num_envs // world_size
+    own_envs, own_samples = slice(rank * num_envs, (rank + 1) * num_envs), slice(rank, None, world_size)
+    num_threads = args.num_threads
+    if world_size > 1:
+        dist.init_process_group()
+        num_threads = num_threads or max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"]))
+
+    def gather(x, dim=0):
+        """The tensors x of all processes as one, along dim."""
+        if world_size == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(world_size)]
+        dist.all_gather(parts, x)
+        return torch.cat(parts, dim)
+
+    def average_gradients(parameters):
+        """Replace the gradients by their means over the processes."""
+        if world_size > 1:
+            gradients = [parameter.grad for parameter in parameters]
+            total = nn.utils.parameters_to_vector(gradients)
+            dist.all_reduce(total)
+            nn.utils.vector_to_parameters(total / world_size, gradients)
+
     run_dir = Path("runs") / f"{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     try:
         check_args(args)
+        if args.num_envs % world_size or args.batch_size % world_size:
+            raise ValueError(f"--num-envs and --batch-size must be divisible by the {world_size} processes")
+        device = find_device(args.device)
         if args.capture_video:
             check_rendering()
         if args.track:
             import wandb
-        run_dir.mkdir(parents=True)
+        if rank == 0:
+            run_dir.mkdir(parents=True)
     except ImportError:
         fail("--track needs Weights & Biases: pip install wandb")
     except (ValueError, RuntimeError, OSError) as error:
         fail(str(error))
-    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1) + "\n")
-    if args.track:
-        wandb.init(project=args.wandb_project, name=run_dir.name, config=asdict(args), sync_tensorboard=True)
-    writer = SummaryWriter(run_dir)
-    writer.add_text("args", "\n".join(["|flag|value|", "|-|-|", *(f"|{k}|{v}|" for k, v in asdict(args).items())]))
+    if rank == 0:
+        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1) + "\n")
+        if args.track:
+            wandb.init(project=args.wandb_project, name=run_dir.name, config=asdict(args), sync_tensorboard=True)
+        writer = SummaryWriter(run_dir)
+        writer.add_text("args", "\n".join(["|flag|value|", "|-|-|", *(f"|{k}|{v}|" for k, v in asdict(args).items())]))
 
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.torch_threads)
 
     envs = gym.make_vec(
         "PaperSquare-v0",
-        num_envs=args.num_envs,
+        num_envs=num_envs,
         vectorization_mode="vector_entry_point",  # autoreset mode SAME_STEP
-        **env_kwargs(args),
+        **{**env_kwargs(args), "num_threads": num_threads},
     )
     # The first episodes end early, each at another time: in step, every rollout would hold one phase of an episode only
     episode_steps = np.arange(args.num_envs) * envs.max_episode_steps // args.num_envs
-    next_obs, _ = envs.reset(seed=args.seed * args.num_envs, options={"episode_steps": episode_steps})
-    base_policy = make_base(args)
-    base_policy.reset(np.ones(args.num_envs, dtype=bool))
+    first_seed = args.seed * args.num_envs + own_envs.start
+    next_obs, _ = envs.reset(seed=first_seed, options={"episode_steps": episode_steps[own_envs]})
+    base_policy = make_base(args, device=device)
+    base_policy.reset(np.ones(num_envs, dtype=bool))
     base_action = base_policy(next_obs)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     x_dim = obs_dim + (action_dim if args.base_input else 0)
-    actor = Actor(x_dim, action_dim, args.hidden_size, args.init_std, args.zero_init)
+    actor = Actor(x_dim, action_dim, args.hidden_size, args.init_std, args.zero_init).to(device)
     qf1, qf2, qf1_target, qf2_target = (
-        SoftQNetwork(x_dim, action_dim, args.hidden_size, args.layer_norm) for _ in range(4)
+        SoftQNetwork(x_dim, action_dim, args.hidden_size, args.layer_norm).to(device) for _ in range(4)
     )
     qf1_target.load_state_dict(qf1.state_dict())
     qf2_target.load_state_dict(qf2.state_dict())
     actor_parameters = list(actor.parameters())
     q_parameters = [*qf1.parameters(), *qf2.parameters()]
     q_target_parameters = [*qf1_target.parameters(), *qf2_target.parameters()]
-    log_temperature = torch.full((1,), float(np.log(args.temperature)), requires_grad=True)
+    log_temperature = torch.full((1,), float(np.log(args.temperature)), device=device, requires_grad=True)
     target_entropy = -args.target_entropy_scale * action_dim
     actor_optimizer = optim.Adam(actor_parameters, lr=args.learning_rate, fused=True)
     q_optimizer = optim.Adam(q_parameters, lr=args.learning_rate, fused=True)
@@ -372,24 +414,31 @@ if __name__ == "__main__":
 
     def evaluate(global_step):
         checkpoint = make_checkpoint(args, actor, global_step)
-        elapsed = time.perf_counter() - start_time
-        row = validate(make_policy(checkpoint), checkpoint, args.eval_episodes, elapsed, evaluations, run_dir)
+        policy, elapsed = make_policy(checkpoint, device=device), time.perf_counter() - start_time
+        row = validate(policy, checkpoint, args.eval_episodes, elapsed, evaluations, run_dir)
         for key, value in row.items():
             writer.add_scalar(f"eval/{key}", value, global_step)
         writer.add_scalar("time/eval", evaluations[-1]["eval_seconds"], global_step)
         return row["success_rate"]
 
+    # torch.compile, of what the update differentiates
+    get_action = torch.compile(actor.get_action) if args.compile else actor.get_action
+    if args.compile:
+        for qf in (qf1, qf2, qf1_target, qf2_target):
+            qf.compile()
+
     start_time = time.perf_counter()
-    eval_success = evaluate(0)
+    if rank == 0:
+        eval_success = evaluate(0)
     next_eval = args.eval_freq
     global_step = 0
-    episode_returns = np.zeros(args.num_envs)
-    episode_lengths = np.zeros(args.num_envs)
+    episode_returns = np.zeros(num_envs)
+    episode_lengths = np.zeros(num_envs)
     last_episodes = defaultdict(lambda: deque(maxlen=100))
     step_sums = defaultdict(float)
     num_iterations = args.total_timesteps // args.num_envs
     gradient_steps, updates_due, last_log = 0, 0.0, 0
-    bar = tqdm(total=num_iterations * args.num_envs, unit="step", unit_scale=True, desc=args.exp_name)
+    bar = tqdm(total=num_iterations * args.num_envs, unit="step", unit_scale=True, desc=args.exp_name, disable=rank > 0)
 
     for iteration in range(1, num_iterations + 1):
         # Schedules
@@ -403,14 +452,15 @@ if __name__ == "__main__":
         global_step += args.num_envs
         obs = next_obs
         warmup = global_step <= args.learning_starts
+        noise = torch.randn(args.num_envs, action_dim)[own_envs]
         if warmup:
-            residual_action = (args.warmup_std * torch.randn(args.num_envs, action_dim)).clamp(-1.0, 1.0).numpy()
+            residual_action = (args.warmup_std * noise).clamp(-1.0, 1.0).numpy()
         else:
             with torch.inference_mode():
-                x = torch.from_numpy(append_base(obs, base_action, args.base_input))
-                residual_action = actor.get_action(x)[0].numpy()
+                x = torch.from_numpy(append_base(obs, base_action, args.base_input)).to(device)
+                residual_action = actor.get_action(x, noise.to(device))[0].cpu().numpy()
             if global_step < args.prog_explore:
-                residual_action *= (torch.rand(args.num_envs, 1) < global_step / args.prog_explore).numpy()
+                residual_action *= (torch.rand(args.num_envs, 1)[own_envs] < global_step / args.prog_explore).numpy()
         alpha = alpha_at(args, global_step)
         action = np.clip(base_action + alpha * residual_action, -1.0, 1.0)
 
@@ -423,7 +473,7 @@ if __name__ == "__main__":
         step_sums["residual/penalty"] -= penalty.sum()
         step_sums["residual/norm"] += np.linalg.norm(residual_action, axis=1).sum()
         step_sums["residual/base_norm"] += np.linalg.norm(base_action, axis=1).sum()
-        step_sums["residual/alpha"] += alpha * args.num_envs
+        step_sums["residual/alpha"] += alpha * num_envs
         last_episodes["residual/success_rate"].extend(terminations[done])
 
         episode_returns += reward
@@ -449,16 +499,17 @@ if __name__ == "__main__":
         next_base_action = last_base_action.copy()
         if done.any():
             next_base_action[done] = base_policy(next_obs[done], done)
-        rb.add(
-            obs=obs,
-            base_actions=base_action,
-            actions=action,
-            rewards=args.reward_scale * reward,
-            next_obs=last_obs,
-            next_base_actions=last_base_action,
-            terminations=terminations,
-            dones=done,
-        )
+        transition = {
+            "obs": obs,
+            "base_actions": base_action,
+            "actions": action,
+            "rewards": args.reward_scale * reward,
+            "next_obs": last_obs,
+            "next_base_actions": last_base_action,
+            "terminations": terminations,
+            "dones": done,
+        }
+        rb.add(**{name: gather(torch.as_tensor(x)) for name, x in transition.items()})
         base_action = next_base_action
 
         # Update
@@ -468,13 +519,15 @@ if __name__ == "__main__":
             updates_due -= 1.0
             gradient_steps += 1
             data = rb.sample(args.batch_size, args.n_step, args.gamma)
+            data = {name: x[own_samples].to(device) for name, x in data.items()}
             x, next_x = data["obs"], data["next_obs"]
             if args.base_input:
                 x, next_x = torch.cat([x, data["base_actions"]], 1), torch.cat([next_x, data["next_base_actions"]], 1)
             temperature = log_temperature.exp().item()
 
+            noise = torch.randn(args.batch_size, action_dim)[own_samples].to(device)
             with torch.no_grad():
-                next_residual, next_logprob = actor.get_action(next_x)
+                next_residual, next_logprob = get_action(next_x, noise)
                 next_action = (data["next_base_actions"] + alpha * next_residual).clamp(-1.0, 1.0)
                 next_q = torch.min(qf1_target(next_x, next_action), qf2_target(next_x, next_action))
                 next_q_value = data["returns"] + data["discounts"] * (next_q - temperature * next_logprob)
@@ -482,20 +535,24 @@ if __name__ == "__main__":
             qf2_loss = (qf2(x, data["actions"]) - next_q_value).square().mean()
             q_optimizer.zero_grad()
             (qf1_loss + qf2_loss).backward()
+            average_gradients(q_parameters)
             q_optimizer.step()
 
             if gradient_steps % args.policy_frequency == 0:
-                residual, logprob = actor.get_action(x)
+                noise = torch.randn(args.batch_size, action_dim)[own_samples].to(device)
+                residual, logprob = get_action(x, noise)
                 new_action = (data["base_actions"] + alpha * residual).clamp(-1.0, 1.0)
                 min_q = torch.min(qf1(x, new_action), qf2(x, new_action))
                 actor_loss = (temperature * logprob - min_q).mean()
                 actor_optimizer.zero_grad()
                 actor_loss.backward(inputs=actor_parameters)  # the critics' gradients would be for nothing
+                average_gradients(actor_parameters)
                 actor_optimizer.step()
                 if args.autotune:
                     temperature_loss = -(log_temperature.exp() * (logprob.detach() + target_entropy)).mean()
                     temperature_optimizer.zero_grad()
                     temperature_loss.backward()
+                    average_gradients([log_temperature])
                     temperature_optimizer.step()
 
             with torch.no_grad():
@@ -505,13 +562,15 @@ if __name__ == "__main__":
         step_sums["time/collect"] += update_start - step_start
         step_sums["time/update"] += now - update_start
 
-        # Logging
+        # Logging; of several processes' only the first one's share
+        if rank > 0:
+            continue
         num_steps = global_step - last_log
         if num_steps >= 1024 or iteration == num_iterations:
             seconds = {key: step_sums.pop(key) for key in ("time/collect", "time/update")}
             scalars = {
                 **{key: np.mean(last) for key, last in last_episodes.items() if last},
-                **{key: total / num_steps for key, total in step_sums.items()},
+                **{key: total * world_size / num_steps for key, total in step_sums.items()},
                 **seconds,
                 "charts/learning_rate": args.learning_rate,
                 "charts/tape_half_size": envs.tape_half_size,
@@ -540,7 +599,10 @@ if __name__ == "__main__":
     envs.close()
 
     # The result, on test episodes, which nothing was chosen by
-    checkpoint = make_checkpoint(args, actor, global_step)
-    policy = make_policy(checkpoint)
-    results = report(policy, checkpoint, args.test_episodes, evaluations, run_dir, film=args.capture_video)
-    writer.close()
+    if rank == 0:
+        checkpoint = make_checkpoint(args, actor, global_step)
+        policy = make_policy(checkpoint, device=device)
+        results = report(policy, checkpoint, args.test_episodes, evaluations, run_dir, film=args.capture_video)
+        writer.close()
+    if world_size > 1:
+        dist.destroy_process_group()

@@ -367,6 +367,9 @@ class CountingNetwork:
     def __init__(self):
         self.asked = 0
 
+    def to(self, device):
+        return self
+
     def predict(self, state, environment_state):
         numbers = self.asked + torch.arange(len(state))
         self.asked += len(state)

@@ -183,7 +183,7 @@ class DiaryBase:
 @pytest.mark.parametrize("name", ["ppo_residual.py", "sac_residual.py"])
 def test_base_is_asked_about_each_environment_once_per_step_and_in_order(name, monkeypatch, tmp_path):
     base = DiaryBase()
-    monkeypatch.setattr(base_policies, "make_base", lambda args, il_state=None: base)
+    monkeypatch.setattr(base_policies, "make_base", lambda args, il_state=None, device="cpu": base)
 
     def validate(policy, checkpoint, num_episodes, elapsed, evaluations, run_dir):  # would ask it too
         evaluations.append({"eval_seconds": 0.0})

@@ -1,0 +1,62 @@
+"""What makes a training faster changes nothing of it: compiled, in several processes."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMON = "--eval-episodes 1 --test-episodes 1 --num-threads 1"
+PPO = f"{COMMON} --num-envs 8 --num-steps 16 --minibatch-size 32 --update-epochs 2 --total-timesteps 256"
+RUNS = {  # short: rounding errors grow with every contact
+    "ppo.py": f"{PPO} --eval-freq 1000",
+    "ppo_residual.py": f"{PPO} --eval-freq 1000",
+    "sac_residual.py": f"{COMMON} --num-envs 4 --total-timesteps 480 --learning-starts 400 --eval-freq 1000",
+}
+
+
+def train(name, flags, folder, launcher=()):
+    """Train in processes of their own; returns the checkpoint and the losses by name."""
+    folder.mkdir()
+    command = [sys.executable, *launcher, str(ROOT / name), *shlex.split(flags)]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (run_dir,) = folder.glob("runs/*")  # one writer
+    events = EventAccumulator(str(run_dir)).Reload()
+    keys = [key for key in events.Tags()["scalars"] if key.startswith("losses/")]
+    losses = {key: torch.tensor([scalar.value for scalar in events.Scalars(key)]) for key in keys}
+    return torch.load(run_dir / "last.pt", weights_only=True), losses
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_compiled_or_in_two_processes_the_updates_are_the_same(name, tmp_path):
+    checkpoint, losses = train(name, RUNS[name], tmp_path / "plain")
+    compiled, compiled_losses = train(name, f"{RUNS[name]} --compile", tmp_path / "compiled")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    split, _ = train(name, RUNS[name], tmp_path / "split", torchrun)  # whose losses are of half of each minibatch
+    assert checkpoint["global_step"] == split["global_step"] == int(re.search(r"timesteps (\d+)", RUNS[name])[1])
+    torch.testing.assert_close(compiled["model"], checkpoint["model"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(split["model"], checkpoint["model"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(compiled_losses, losses, rtol=1e-3, atol=1e-4)
+
+
+def test_what_cannot_be_shared_among_processes_is_an_error(tmp_path):
+    flags = [*shlex.split(RUNS["ppo.py"]), "--num-envs", "9", "--minibatch-size", "16"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, *torchrun, str(ROOT / "ppo.py"), *flags]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode != 0 and not (tmp_path / "runs").exists()
+    assert "error: --num-envs and --minibatch-size must be divisible by the 2 processes" in result.stderr
+
+
+def test_the_block_of_several_processes_is_the_same_in_all_scripts():
+    blocks = set()
+    for name in RUNS:
+        block = re.search("    # Several processes.*?\n    run_dir", (ROOT / name).read_text(), re.DOTALL)[0]
+        blocks.add(block.replace("minibatch. All", "batch. All"))
+    assert len(blocks) == 1
