@@ -275,7 +275,7 @@ def test_density_of_the_squashed_action_integrates_to_one():
     torch.manual_seed(0)
     actor = sac_residual.Actor(1, 1, 8, 0.7, zero_init=False)
     with torch.no_grad():
-        action, logprob = actor.get_action(torch.zeros(400_000, 1))
+        action, logprob = actor.get_action(torch.zeros(400_000, 1), torch.randn(400_000, 1))
     inside = action.flatten().abs() < 0.9
     # E[1 / density] over an interval is its length
     assert ((-logprob[inside]).exp().sum() / len(action)).item() == pytest.approx(1.8, rel=0.01)
