@@ -110,9 +110,9 @@ def replay_some(skipped: int) -> list[float]:
 
 
 def play(policy, num_envs: int, num_threads: int, args: Args):
-    """Let a policy play. Each `next` goes on for args.seconds, and returns seconds per step of an environment:
+    """Let a policy play; each `next` goes on for args.seconds, and returns seconds per step of one environment.
 
-    those of the policy, those of `envs.step`, and those in mj_step alone, of every 10th step.
+    They are the policy's, those of `envs.step` and, measured on every 10th step, those in mj_step alone.
     """
     envs = PaperSquareVectorEnv(num_envs, num_threads=num_threads)
     stages = np.arange(num_envs) * envs.max_episode_steps // num_envs
@@ -149,11 +149,10 @@ def forward_speed(seconds: float) -> float:
 
 def run_child(folder: str, *command: str) -> tuple[list[str], float]:
     """Run `python command` in `folder`; returns the lines that it printed and its peak memory, MB."""
-    command, environment = [sys.executable, *command], {**os.environ, "PYTHONPATH": str(ROOT)}
-    launch = [sys.executable, "-c", LAUNCHER, *command]
-    process = subprocess.run(launch, cwd=folder, env=environment, capture_output=True, text=True)
+    launch = [sys.executable, "-c", LAUNCHER, sys.executable, *command]
+    process = subprocess.run(launch, cwd=folder, capture_output=True, text=True)
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{process.stderr[-2000:]}")
+        raise RuntimeError(f"python {' '.join(command)} failed:\n{process.stderr[-2000:]}")
     *lines, peak = process.stdout.splitlines()
     return lines, int(peak) / (1e6 if sys.platform == "darwin" else 1e6 / 1024)  # macOS counts in bytes, Linux in KiB
 
@@ -226,8 +225,10 @@ def learn_with_sb3(threaded: bool, steps: int, replayed: bool = False) -> None:
 
 def run_function(call: str) -> float:
     """The number that a function of this script prints last, in a process of its own."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import benchmark; benchmark.{call}"
     with tempfile.TemporaryDirectory() as folder:
-        return float(run_child(folder, "-c", f"import benchmark; benchmark.{call}")[0][-1])
+        lines, _ = run_child(folder, "-c", code)
+    return float(lines[-1])
 
 
 def startup_seconds(script: str) -> float:

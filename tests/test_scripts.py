@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -19,6 +20,7 @@ import tyro
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 import act
 import base_policies
@@ -31,7 +33,7 @@ import record_demos
 import reproduce
 import sac_residual
 from base_policies import JacobianIKPolicy
-from env_paper_square import OBS_DIM
+from env_paper_square import OBS_DIM, PaperSquareVectorEnv
 from ppo_residual import Agent, AgentPolicy, Args, ResidualPolicy, compute_gae
 from sac_residual import ReplayBuffer, n_step_returns
 
@@ -640,6 +642,106 @@ def test_bad_flags_of_eval(flags, monkeypatch, tmp_path, capfd):
         run_script("eval.py", f"--policy zero {flags}", monkeypatch, tmp_path)
     assert end.value.code == 2 and capfd.readouterr().err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["random", "jacobian"])
+def test_the_benchmark_replays_what_the_environments_do_to_the_last_bit(name):
+    envs = PaperSquareVectorEnv(4)
+    policy = evaluation.RandomPolicy() if name == "random" else JacobianIKPolicy()
+    obs, _ = envs.reset(seed=0, options={"episode_steps": np.array([0, 330, 360, 390])})
+    policy.reset(np.ones(4, dtype=bool))
+    ends = 0
+    for _ in range(100):
+        actions = 1.5 * policy(obs)  # some are clipped
+        seconds, qpos = benchmark.replay(envs, actions)
+        obs, _, terminations, truncations, _ = envs.step(actions)
+        done = terminations | truncations
+        np.testing.assert_array_equal(qpos[~done], envs.batch.bind("qpos")[~done])
+        policy.reset(done)
+        ends += done.sum()
+    assert seconds > 0 and ends >= 3  # what follows a reset is replayed too
+
+
+TINY_BENCHMARK = "--repeats 2 --seconds 0.01 --num-envs 1 2 --warmup-steps 1"
+
+
+def test_the_benchmark_prints_every_row(monkeypatch, tmp_path, capsys):
+    def run(command, cwd=None, **kwargs):  # the processes that it starts, which other tests start for real
+        if "--total-timesteps" in command:
+            with SummaryWriter(Path(cwd) / "runs" / "run") as writer:
+                for step, seconds in ((4096, 9.0), (8192, 1.0)):  # the first rollout does not count
+                    writer.add_scalar("time/collect", seconds, step)
+                    writer.add_scalar("time/update", 3 * seconds, step)
+        return SimpleNamespace(returncode=0, stdout="0.002\n500000\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # Stable-Baselines3 may be missing
+    flags = f"{TINY_BENCHMARK} --bases jacobian {ROOT}/assets/act.pt --training-steps 8192 --sb3-steps 1"
+    rows = run_script("benchmark.py", flags, monkeypatch, tmp_path)["samples"]
+    table = capsys.readouterr().out
+    for workload in ("random", "jacobian", "residual"):
+        for n in (1, 2, 64):
+            assert any(row.startswith(f"{workload}, num_envs {n}, ") for row in rows)
+    trainings = [*TRAINING, "ppo_residual.py --num-envs 2 --num-steps 2048"]
+    rest = ["base jacobian", f"base {ROOT}/assets/act.pt", "agent, 128 observations"]
+    rest += [row for name in trainings for row in (name, f"{name}, collection", f"{name}, update")]
+    rest += ["Stable-Baselines3, 4 processes", "Stable-Baselines3, 128 environments in threads"]
+    assert {row for row in rows if "num_threads" not in row} == {*rest, "ppo_residual.py --help", "eval.py --help"}
+    for row, samples in rows.items():
+        assert f"\n{row} " in table and len(samples) == 2
+    assert "is 512000.0 (512000.0 to 512000.0) times as fast" in table
+    assert re.search("\nppo.py  +1,024 .* 512 .* MB\nppo.py, collection  +4,096 .*\nppo.py, update  +1,365 ", table)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_benchmark_without_trainings_and_stable_baselines3(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    flags = f"{TINY_BENCHMARK} --repeats 1 --training-steps 0 --bases jacobian"
+    rows = run_script("benchmark.py", flags, monkeypatch, tmp_path)["samples"]
+    assert not [row for row in rows if "collection" in row or "Baselines" in row]
+    assert "pip install stable-baselines3==2.9.2" in capsys.readouterr().out.splitlines()[-1]
+    pinned = (ROOT / "tests" / "requirements.txt").read_text().split()
+    assert "stable-baselines3==2.9.2" in pinned and "stable-baselines3==2.9.2" in benchmark.__doc__
+
+
+def test_the_benchmark_trains_by_the_scripts_themselves():
+    flags = "--total-timesteps 512 --num-envs 8 --num-steps 16 --minibatch-size 128 --eval-episodes 1 --test-episodes 1"
+    whole, collect, update, peak = benchmark.train("ppo_residual.py", flags.split(), 128)
+    assert 1 / whole == pytest.approx(1 / collect + 1 / update) and peak > 100
+    assert benchmark.run_function(f"train_and_replay('ppo_residual.py', 128, *{flags.split()})") > 0
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):  # a training that fails is no row of zeros
+        benchmark.run_child(".", "-c", "1 / 0")
+
+
+@pytest.mark.parametrize(
+    "call", ["learn_with_sb3(False, 1)", "learn_with_sb3(True, 1)", "learn_with_sb3(True, 1, True)"]
+)
+def test_the_benchmark_trains_by_stable_baselines3(call, monkeypatch):
+    pytest.importorskip("stable_baselines3")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # several times faster where other tests run beside it
+    assert benchmark.run_function(call) > 0
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--repeats 0",
+        "--seconds nan",
+        "--warmup-steps -1",
+        "--num-envs 0",
+        "--num-envs 3",
+        "--num-envs 8192",
+        "--training-steps 1",
+        "--sb3-steps -1",
+        "--bases magic",
+    ],
+)
+def test_bad_flags_of_the_benchmark(flags, monkeypatch, tmp_path, capfd):
+    with pytest.raises(SystemExit) as end:
+        run_script("benchmark.py", flags, monkeypatch, tmp_path)
+    error = capfd.readouterr().err
+    assert end.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert flags.split()[0] in error or "magic" in error
 
 
 def test_summary_uses_the_wilson_interval():
