@@ -142,7 +142,7 @@ def forward_speed(seconds: float) -> float:
     agent, x, steps, start = Agent(OBS_DIM + 6, 6, 64, 0.4), torch.randn(NUM_ENVS, OBS_DIM + 6), 0, time.perf_counter()
     with torch.inference_mode():
         while time.perf_counter() - start < seconds:
-            agent.get_action_and_value(x, torch.randn(NUM_ENVS, 6))
+            agent.get_action_and_value(x, noise=torch.randn(NUM_ENVS, 6))
             steps += NUM_ENVS
     return steps / (time.perf_counter() - start)
 
