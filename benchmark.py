@@ -1,7 +1,7 @@
 """What a step costs, from the physics alone to whole trainings, all measured in one run, so that ratios mean something.
 
     pip install stable-baselines3==2.9.2     # for its two rows; without it they are left out
-    python benchmark.py                      # 20 minutes on two cores, with nothing else running
+    python benchmark.py                      # 20 minutes on two cores, with nothing else running; 1.5 GB
 
 A step is one policy step of one environment. A figure is the median over the repeats, with the lowest and the highest;
 a repeat measures all rows before the next begins, so that a slow spell of the machine does not fall on one row.
@@ -271,10 +271,10 @@ if __name__ == "__main__":
     }
     base_games = {name: play(base, NUM_ENVS, CORES, args) for name, base in zip(args.bases, bases, strict=True)}
     trainings = {script: (script, steps, skipped, "") for script, (steps, skipped) in TRAININGS.items()}
-    for n in [n for n in args.num_envs if n > 1]:
+    for n in [n for n in args.num_envs if n > 1]:  # rollouts of the same size
         flags = f"--num-envs {n} --num-steps {ROLLOUT // n}"
         trainings[f"ppo_residual.py {flags}"] = ("ppo_residual.py", 80_000, ROLLOUT, flags)
-    for row, (script, steps, skipped, flags) in trainings.items():
+    for row, (script, steps, skipped, flags) in trainings.items():  # the arguments of `train`
         flags += f" --total-timesteps {min(steps, args.training_steps)}"
         flags += " --eval-freq 1000000000 --eval-episodes 1 --test-episodes 1"
         trainings[row] = (script, flags.split(), skipped)
