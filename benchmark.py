@@ -273,7 +273,7 @@ if __name__ == "__main__":
     trainings = {script: (script, steps, skipped, "") for script, (steps, skipped) in TRAININGS.items()}
     for n in [n for n in args.num_envs if n > 1]:  # rollouts of the same size
         flags = f"--num-envs {n} --num-steps {ROLLOUT // n}"
-        trainings[f"ppo_residual.py {flags}"] = ("ppo_residual.py", 80_000, ROLLOUT, flags)
+        trainings[f"ppo_residual.py, num_envs {n}"] = ("ppo_residual.py", 80_000, ROLLOUT, flags)
     for row, (script, steps, skipped, flags) in trainings.items():  # the arguments of `train`
         flags += f" --total-timesteps {min(steps, args.training_steps)}"
         flags += " --eval-freq 1000000000 --eval-episodes 1 --test-episodes 1"
