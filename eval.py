@@ -132,11 +132,12 @@ def find_device(name: str) -> torch.device:
     """The device that --device names, a GPU for each process of torchrun; raises ValueError if it is not there."""
     if name not in ("cpu", "cuda", "auto"):
         raise ValueError(f"--device must be cpu, cuda or auto, found {name!r}")
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    gpus, rank = torch.cuda.device_count() if name != "cpu" else 0, int(os.environ.get("LOCAL_RANK", 0))
+    if name == "cpu" or (name == "auto" and gpus == 0):
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU here; --device auto takes one where there is one")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if rank >= gpus:
+        raise ValueError(f"--device {name}: torch finds {gpus} GPUs here, and needs number {rank}")
+    return torch.device("cuda", rank)
 
 
 class Disturbance:

@@ -66,7 +66,7 @@ class PretendedGPU(TorchDispatchMode):
             monkeypatch.setattr(torch.Tensor, name, method)
         tag = torch.serialization.location_tag  # in a file, where a tensor is loaded to unless told otherwise
         monkeypatch.setattr(torch.serialization, "location_tag", lambda x: "cuda:0" if x in self.storages else tag(x))
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: self.there)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: int(self.there))
         monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)  # optimizers ask its driver
 
@@ -142,7 +142,7 @@ def test_the_pretended_gpu_objects_where_cuda_does(monkeypatch):
 @pytest.mark.parametrize("device", ["gpu", "cuda"])
 @pytest.mark.parametrize("name", [*TINY, *IMITATION, "eval.py", "record_demos.py"])
 def test_a_device_that_is_not_there_is_one_line_and_writes_nothing(name, device, monkeypatch, tmp_path, capfd):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(SystemExit) as end:
         run_script(name, f"--device {device}", monkeypatch, tmp_path)
     error = capfd.readouterr().err
