@@ -162,7 +162,9 @@ class PaperSquareVectorEnv(VectorEnv):
     ablations of the randomisation are paired. `randomize=False` turns all of them off.
 
     ## Episode end
-    Terminated on success, truncated after `max_episode_steps` (400 steps are 13.3 s).
+    Terminated on success, truncated after `max_episode_steps` (400 steps are 13.3 s). Truncated as well if the physics
+    diverge (MuJoCo warns, or a number is not finite): the environment stays as it was before the step, and
+    `info["physics_reset"]` says so.
 
     ## Arguments
     `num_envs`; `act_scale` (rad per step); `max_episode_steps`; `hold_steps`; `tape_half_size` (m; assign the attribute
@@ -249,6 +251,7 @@ class PaperSquareVectorEnv(VectorEnv):
             spec.delete(element)
         self.model = spec.compile()
         self.batch = Batch(self.model, num_envs, num_threads, persistent=True)
+        self._block = 32 * self.batch.nthread  # environments stepped together, so few that the caches hold their data
         self.pair_friction = self.batch.expand("pair_friction")  # (num_envs, pairs, 5), drawn at every reset
         self._body_mass, self._body_inertia = self.batch.expand("body_mass"), self.batch.expand("body_inertia")
         self._sheet = self.model.body("sheet").id
@@ -317,23 +320,25 @@ class PaperSquareVectorEnv(VectorEnv):
         self._joint_target = np.clip(
             previous + self.act_scale * np.clip(actions, -1.0, 1.0), self.ctrl_low, self.ctrl_high
         )
-        ids = np.flatnonzero(~self.paused) if self.paused.any() else None
-        share = np.arange(1, self.control_ticks + 1)[:, None] / self.control_ticks
-        ctrl = previous[:, None] + share * (self._joint_target - previous)[:, None]  # (num_envs, control_ticks, 6), rad
-        ctrl = np.repeat(ctrl, self.physics_steps, axis=1)
-        # All but the last tick of an environment in one go, as long as its data are in the cache
-        earlier = ctrl[slice(None) if ids is None else ids, : -self.physics_steps]
-        self.batch.rollout(earlier.shape[1], earlier, record=(), ids=ids)
-        self._ctrl[:] = ctrl[:, -1]
-        self.batch.step(ids, self.physics_steps, mujoco.mjtStage.mjSTAGE_VEL.value)  # and the positions up to date
+        before, ids = self.batch.state.copy(), np.flatnonzero(~self.paused)
+        for start in range(0, len(ids), self._block):
+            some = ids[start : start + self._block]
+            for tick in range(1, self.control_ticks + 1):
+                self._ctrl[some] = (previous + tick / self.control_ticks * (self._joint_target - previous))[some]
+                stage = mujoco.mjtStage.mjSTAGE_VEL if tick == self.control_ticks else mujoco.mjtStage.mjSTAGE_NONE
+                self.batch.step(some, self.physics_steps, stage.value)  # the last one brings the positions up to date
         self._episode_steps += 1
+        diverged = self.batch.warning[:, :, 1].any(axis=1) | ~np.isfinite(self.batch.state).all(axis=1)
+        if diverged.any():
+            self.batch.state[diverged] = before[diverged]
+            self.batch.forward(np.flatnonzero(diverged), mujoco.mjtStage.mjSTAGE_VEL.value)
 
         axes = self._sheet_axes()
         inside = self._is_inside(*axes)
-        self._hold_counter = np.where(inside, self._hold_counter + 1, 0)
+        self._hold_counter = np.where(inside & ~diverged, self._hold_counter + 1, 0)
         terminations = self._hold_counter >= self.hold_steps
-        truncations = ~terminations & (self._episode_steps >= self.max_episode_steps)
-        infos = self._state_info(axes[0])
+        truncations = ~terminations & (diverged | (self._episode_steps >= self.max_episode_steps))
+        infos = {**self._state_info(axes[0]), "physics_reset": diverged}
         terms = self._reward_terms(infos)
         rewards = np.sum(list(terms.values()), axis=0)
         infos |= {f"reward/{name}": value for name, value in terms.items()}

@@ -310,6 +310,7 @@ if __name__ == "__main__":
     global_step = 0
     episode_returns = np.zeros(num_envs)
     episode_lengths = np.zeros(num_envs)
+    physics_resets = 0
     last_episodes = defaultdict(lambda: deque(maxlen=100))
     bar = tqdm(total=num_iterations * batch_size, unit="step", unit_scale=True, desc=args.exp_name, disable=rank > 0)
 
@@ -347,6 +348,7 @@ if __name__ == "__main__":
                 last_episodes["rollout/ep_rew_mean"].extend(episode_returns[done])
                 last_episodes["rollout/ep_len_mean"].extend(episode_lengths[done])
                 last_episodes["rollout/success_rate"].extend(terminations[done])
+                physics_resets += infos["final_info"]["physics_reset"].sum()
                 last_episodes["task/dist_to_goal"].extend(infos["final_info"]["dist_to_goal"][done])
                 last_episodes["task/orientation_error"].extend(infos["final_info"]["orientation_error"][done])
                 episode_returns[done] = episode_lengths[done] = 0
@@ -414,6 +416,7 @@ if __name__ == "__main__":
         scalars = {
             **{key: np.mean(last) for key, last in last_episodes.items() if last},
             **{key: total * world_size / batch_size for key, total in step_sums.items()},
+            "task/physics_resets": physics_resets,
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "charts/tape_half_size": envs.tape_half_size,
             "charts/std": agent.actor_logstd.exp().mean().item(),

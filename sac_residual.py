@@ -434,6 +434,7 @@ if __name__ == "__main__":
     global_step = 0
     episode_returns = np.zeros(num_envs)
     episode_lengths = np.zeros(num_envs)
+    physics_resets = 0
     last_episodes = defaultdict(lambda: deque(maxlen=100))
     step_sums = defaultdict(float)
     num_iterations = args.total_timesteps // args.num_envs
@@ -486,6 +487,7 @@ if __name__ == "__main__":
             last_episodes["rollout/ep_rew_mean"].extend(episode_returns[done])
             last_episodes["rollout/ep_len_mean"].extend(episode_lengths[done])
             last_episodes["rollout/success_rate"].extend(terminations[done])
+            physics_resets += infos["final_info"]["physics_reset"].sum()
             last_episodes["task/dist_to_goal"].extend(infos["final_info"]["dist_to_goal"][done])
             last_episodes["task/orientation_error"].extend(infos["final_info"]["orientation_error"][done])
             episode_returns[done] = episode_lengths[done] = 0
@@ -572,6 +574,7 @@ if __name__ == "__main__":
                 **{key: np.mean(last) for key, last in last_episodes.items() if last},
                 **{key: total * world_size / num_steps for key, total in step_sums.items()},
                 **seconds,
+                "task/physics_resets": physics_resets,
                 "charts/learning_rate": args.learning_rate,
                 "charts/tape_half_size": envs.tape_half_size,
                 "charts/SPS": num_steps / sum(seconds.values()),

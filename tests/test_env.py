@@ -205,6 +205,33 @@ def test_success_on_the_last_step_is_not_a_truncation():
     assert [env.step(STILL)[2:4] for _ in range(5)][-1] == (True, False)
 
 
+@pytest.mark.parametrize("autoreset_mode", [AutoresetMode.SAME_STEP, AutoresetMode.DISABLED])
+@pytest.mark.parametrize("force", [1e12, 1e300, np.nan])
+def test_diverging_physics_end_the_episode_and_disturb_nobody_else(force, autoreset_mode):
+    sound, faulty = (PaperSquareVectorEnv(3, autoreset_mode=autoreset_mode) for _ in range(2))
+    rng = np.random.default_rng(0)
+    for envs in (sound, faulty):
+        last_obs, _ = envs.reset(seed=4)
+    faulty._hold_counter[1] = faulty.hold_steps - 1  # no success either
+    faulty.batch.xfrc_applied[1, faulty.model.body("sheet").id, 2] = force
+    for step in range(20):
+        actions = rng.uniform(-1, 1, (3, 6))
+        (expected, *_), (obs, rewards, terminations, truncations, infos) = sound.step(actions), faulty.step(actions)
+        np.testing.assert_array_equal(obs[[0, 2]], expected[[0, 2]])
+        assert all(np.isfinite(x).all() for x in (obs, rewards, faulty._qpos)) and not terminations.any()
+        if step == 0:
+            assert truncations.tolist() == [False, True, False]
+            final = infos.get("final_info", infos)
+            assert final["physics_reset"].tolist() == [False, True, False] and np.isfinite(final["dist_to_goal"]).all()
+            final_obs = infos["final_obs"][1] if "final_obs" in infos else obs[1]
+            where = np.r_[OBS["joint_pos"], OBS["sheet_pos"], OBS["fingertip_pos"]]
+            np.testing.assert_array_equal(final_obs[where], last_obs[1, where])  # as before the step
+            if autoreset_mode == AutoresetMode.DISABLED:
+                faulty.reset(options={"reset_mask": np.array([False, True, False])})
+        else:
+            assert not truncations.any() and not infos["physics_reset"].any()
+
+
 def test_tape_half_size_changes_with_the_next_episode():
     envs = PaperSquareVectorEnv(2, randomize=False, max_episode_steps=8, tape_half_size=0.12)
     observations, _ = envs.reset(seed=0)

@@ -110,7 +110,7 @@ class ToyVectorEnv(VectorEnv):
             final_obs = np.full(2, None, dtype=object)
             for i in np.flatnonzero(done):
                 final_obs[i] = obs[i]
-            final_info = {"dist_to_goal": np.zeros(2), "orientation_error": np.zeros(2)}
+            final_info = {key: np.zeros(2) for key in ("dist_to_goal", "orientation_error", "physics_reset")}
             infos |= {"final_obs": final_obs, "final_info": final_info}
             self.steps[done] = 0
         return self.observe(), rewards, terminations, truncations, infos
