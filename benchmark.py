@@ -1,7 +1,7 @@
 """What a step costs, from the physics alone to whole trainings, all measured in one run, so that ratios mean something.
 
     pip install stable-baselines3==2.9.2     # for its two rows; without it they are left out
-    python benchmark.py                      # 20 minutes on two cores, with nothing else running; 1.5 GB
+    python benchmark.py                      # 17 minutes on two cores, with nothing else running; 1.5 GB
 
 A step is one policy step of one environment. A figure is the median over the repeats, with the lowest and the highest;
 a repeat measures all rows before the next begins, so that a slow spell of the machine does not fall on one row.
@@ -326,8 +326,8 @@ if __name__ == "__main__":
             cells[3] = f"{spread(others, '.3g')} {units[0]}"
         lines.append([row, *cells])
     print(f"{CORES} cores, {args.repeats} repeats\n{align(lines)}")
-    for row in sb3 if trainings else ():
-        ratios = [ours[0] / theirs[0] for ours, theirs in zip(samples["ppo_residual.py"], samples[row], strict=True)]
-        print(f"ppo_residual.py is {spread(ratios, '.1f')} times as fast as {row}")
+    for script, row in product(("ppo.py", "ppo_residual.py") if trainings else (), sb3):
+        ratios = [ours[0] / theirs[0] for ours, theirs in zip(samples[script], samples[row], strict=True)]
+        print(f"{script} is {spread(ratios, '.1f')} times as fast as {row}")
     if args.sb3_steps and without_sb3:
         print("the rows of Stable-Baselines3 are left out; to have them: pip install stable-baselines3==2.9.2")
