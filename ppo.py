@@ -217,7 +217,7 @@ if __name__ == "__main__":
     num_threads = args.num_threads
     if world_size > 1:
         dist.init_process_group()
-        num_threads = num_threads or max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"]))
+        num_threads = num_threads or max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
     def gather(x, dim=0):
         """The tensors x of all processes as one, along dim."""
@@ -363,10 +363,9 @@ if __name__ == "__main__":
             # Truncation is not termination: the value of the last observation stands in for what would have come
             if truncations.any():
                 final_obs = np.stack(infos["final_obs"][truncations])
+                final_obs = torch.from_numpy(final_obs).to(device)
                 with torch.inference_mode():
-                    reward[truncations] += (
-                        args.gamma * agent.get_value(torch.from_numpy(final_obs).to(device)).cpu().numpy()
-                    )
+                    reward[truncations] += args.gamma * agent.get_value(final_obs).cpu().numpy()
             rewards[step], dones[step] = torch.from_numpy(reward), torch.from_numpy(done)
 
             next_obs = torch.from_numpy(next_obs)

@@ -42,8 +42,6 @@ class Args(EnvArgs, BaseArgs):
     """torch's threads; more than one fights the physics for the cores of a small machine"""
     device: str = "cpu"
     """where the networks are: cpu, cuda, or auto, which takes cuda where there is one"""
-    compile: bool = False
-    """compile the losses' forward and backward pass (torch.compile); pays off in long trainings only"""
     track: bool = False
     """also log to Weights & Biases"""
     wandb_project: str = "paper-square"
@@ -334,7 +332,7 @@ if __name__ == "__main__":
     num_threads = args.num_threads
     if world_size > 1:
         dist.init_process_group()
-        num_threads = num_threads or max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"]))
+        num_threads = num_threads or max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
     def gather(x, dim=0):
         """The tensors x of all processes as one, along dim."""
@@ -420,12 +418,6 @@ if __name__ == "__main__":
             writer.add_scalar(f"eval/{key}", value, global_step)
         writer.add_scalar("time/eval", evaluations[-1]["eval_seconds"], global_step)
         return row["success_rate"]
-
-    # torch.compile, of what the update differentiates
-    get_action = torch.compile(actor.get_action) if args.compile else actor.get_action
-    if args.compile:
-        for qf in (qf1, qf2, qf1_target, qf2_target):
-            qf.compile()
 
     start_time = time.perf_counter()
     if rank == 0:
@@ -529,7 +521,7 @@ if __name__ == "__main__":
 
             noise = torch.randn(args.batch_size, action_dim)[own_samples].to(device)
             with torch.no_grad():
-                next_residual, next_logprob = get_action(next_x, noise)
+                next_residual, next_logprob = actor.get_action(next_x, noise)
                 next_action = (data["next_base_actions"] + alpha * next_residual).clamp(-1.0, 1.0)
                 next_q = torch.min(qf1_target(next_x, next_action), qf2_target(next_x, next_action))
                 next_q_value = data["returns"] + data["discounts"] * (next_q - temperature * next_logprob)
@@ -542,7 +534,7 @@ if __name__ == "__main__":
 
             if gradient_steps % args.policy_frequency == 0:
                 noise = torch.randn(args.batch_size, action_dim)[own_samples].to(device)
-                residual, logprob = get_action(x, noise)
+                residual, logprob = actor.get_action(x, noise)
                 new_action = (data["base_actions"] + alpha * residual).clamp(-1.0, 1.0)
                 min_q = torch.min(qf1(x, new_action), qf2(x, new_action))
                 actor_loss = (temperature * logprob - min_q).mean()

@@ -36,13 +36,14 @@ def train(name, flags, folder, launcher=()):
 @pytest.mark.parametrize("name", RUNS)
 def test_compiled_or_in_two_processes_the_updates_are_the_same(name, tmp_path):
     checkpoint, losses = train(name, RUNS[name], tmp_path / "plain")
-    compiled, compiled_losses = train(name, f"{RUNS[name]} --compile", tmp_path / "compiled")
+    if name != "sac_residual.py":  # compiled, it is no faster
+        compiled, compiled_losses = train(name, f"{RUNS[name]} --compile", tmp_path / "compiled")
+        torch.testing.assert_close(compiled["model"], checkpoint["model"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(compiled_losses, losses, rtol=1e-3, atol=1e-4)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     split, _ = train(name, RUNS[name], tmp_path / "split", torchrun)  # whose losses are of half of each minibatch
     assert checkpoint["global_step"] == split["global_step"] == int(re.search(r"timesteps (\d+)", RUNS[name])[1])
-    torch.testing.assert_close(compiled["model"], checkpoint["model"], rtol=0, atol=1e-5)
     torch.testing.assert_close(split["model"], checkpoint["model"], rtol=0, atol=1e-5)
-    torch.testing.assert_close(compiled_losses, losses, rtol=1e-3, atol=1e-4)
 
 
 def test_what_cannot_be_shared_among_processes_is_an_error(tmp_path):
