@@ -232,6 +232,31 @@ def test_diverging_physics_end_the_episode_and_disturb_nobody_else(force, autore
             assert not truncations.any() and not infos["physics_reset"].any()
 
 
+def test_extreme_actions_from_extreme_starts_break_no_physics():
+    """Three times the randomisation; contacts and energies of 16 of the 256 environments at every tenth step."""
+    scales = {name: getattr(EnvArgs, f"randomize_{name}") for name in ("xy", "yaw", "friction", "mass")}
+    envs = PaperSquareVectorEnv(256, **{f"randomize_{name}": 3 * scale for name, scale in scales.items()})
+    envs.reset(seed=0, options={"episode_steps": np.arange(256)})
+    rng, kind = np.random.default_rng(0), np.arange(256) % 4
+    resets, deepest, energy = 0, 0.0, 0.0  # m, J
+    for step in range(400):
+        if step % 25 == 0:
+            held = rng.choice([-1.0, 0.0, 1.0], (256, 6))
+        uniform = rng.uniform(-1.0, 1.0, (256, 6))
+        # anything; a bound each step; a bound for almost a second; the same, from one bound to the other
+        actions = np.choose(kind[:, None], [uniform, np.sign(uniform), held, held * (-1) ** (step // 5)])
+        obs, rewards, _, _, infos = envs.step(1e6 * actions if step % 2 else actions)
+        assert np.isfinite(obs).all() and np.isfinite(rewards).all() and np.isfinite(envs.batch.state).all()
+        resets += infos["physics_reset"].sum() + infos.get("final_info", infos)["physics_reset"].sum()
+        if step % 10 == 0:
+            for i in rng.choice(256, 16, replace=False):
+                data = envs.batch.get_data(int(i))
+                deepest = max(deepest, -data.contact.dist.min(initial=0.0))
+                mujoco.mj_energyVel(envs.batch.get_model(int(i)), data)
+                energy = max(energy, data.energy[1])
+    assert resets == 0 and deepest < 0.005 and energy < 5.0
+
+
 def test_tape_half_size_changes_with_the_next_episode():
     envs = PaperSquareVectorEnv(2, randomize=False, max_episode_steps=8, tape_half_size=0.12)
     observations, _ = envs.reset(seed=0)
