@@ -320,11 +320,12 @@ class PaperSquareVectorEnv(VectorEnv):
         self._joint_target = np.clip(
             previous + self.act_scale * np.clip(actions, -1.0, 1.0), self.ctrl_low, self.ctrl_high
         )
+        change = self._joint_target - previous
         before, ids = self.batch.state.copy(), np.flatnonzero(~self.paused)
         for start in range(0, len(ids), self._block):
             some = ids[start : start + self._block]
             for tick in range(1, self.control_ticks + 1):
-                self._ctrl[some] = (previous + tick / self.control_ticks * (self._joint_target - previous))[some]
+                self._ctrl[some] = previous[some] + tick / self.control_ticks * change[some]
                 stage = mujoco.mjtStage.mjSTAGE_VEL if tick == self.control_ticks else mujoco.mjtStage.mjSTAGE_NONE
                 self.batch.step(some, self.physics_steps, stage.value)  # the last one brings the positions up to date
         self._episode_steps += 1

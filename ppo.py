@@ -210,7 +210,7 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
 
     # Several processes, by torchrun: each steps its share of the environments and differentiates its share of every
-    # minibatch. All draw the same random numbers and hold the same weights; the first one evaluates and writes.
+    # batch. All draw the same random numbers and hold the same weights; the first one evaluates and writes.
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     num_envs = args.num_envs // world_size
     own_envs, own_samples = slice(rank * num_envs, (rank + 1) * num_envs), slice(rank, None, world_size)
