@@ -6,7 +6,6 @@ In 100 seconds on two cores, to 81 % of held-out episodes (3 seeds; from 25 demo
 The policy is a base to be lifted: python ppo_residual.py --base-policy il --il-checkpoint runs/NAME/best.pt
 """
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,8 +18,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import trange
 
 from base_policies import FrozenILPolicy
+from checkpoints import Stop, begin, fingerprint, fitting, make_run_dir, save_state
 from env_paper_square import OBS, EnvArgs, eval_kwargs
-from eval import check_rendering, fail, find_device, report, validate
+from eval import check_rendering, find_device, report, validate
+from flags import fail
 from lerobot_dataset import load_demos
 
 
@@ -36,6 +37,10 @@ class Args:
     """threads that step the physics of the evaluations; 0 takes all cores"""
     device: str = "cpu"
     """where the networks are: cpu, cuda, or auto, which takes cuda where there is one"""
+    resume: str = ""
+    """folder of a run, runs/NAME, that was stopped: go on with it, with its flags"""
+    save_freq: int = 500
+    """gradient steps between saves of the state for --resume; it is also saved when the run is stopped"""
     track: bool = False
     """also log to Weights & Biases"""
     wandb_project: str = "paper-square"
@@ -261,8 +266,7 @@ def kl_divergence(mean, logvar):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    run_dir = Path("runs") / f"{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    args, run_dir, state = begin(tyro.cli(Args), Path(__file__).stem)
     try:
         check_args(args)
         device = find_device(args.device)
@@ -271,16 +275,19 @@ if __name__ == "__main__":
             check_rendering()
         if args.track:
             import wandb
-        run_dir.mkdir(parents=True)
+        if state is None:
+            make_run_dir(run_dir, Path(__file__).stem, asdict(args))
     except ImportError:
         fail("--track needs Weights & Biases: pip install wandb")
     except (ValueError, RuntimeError, OSError) as error:
         fail(str(error))
-    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1) + "\n")
     if args.track:
-        wandb.init(project=args.wandb_project, name=run_dir.name, config=asdict(args), sync_tensorboard=True)
-    writer = SummaryWriter(run_dir)
-    writer.add_text("args", "\n".join(["|flag|value|", "|-|-|", *(f"|{k}|{v}|" for k, v in asdict(args).items())]))
+        wandb.init(
+            project=args.wandb_project, id=run_dir.name, resume="allow", config=asdict(args), sync_tensorboard=True
+        )
+    writer = SummaryWriter(run_dir, purge_step=state["global_step"] + 1 if state else 0)
+    if not state:
+        writer.add_text("args", "\n".join(["|flag|value|", "|-|-|", *(f"|{k}|{v}|" for k, v in asdict(args).items())]))
 
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.torch_threads)
@@ -306,13 +313,42 @@ if __name__ == "__main__":
         for key, value in row.items():
             writer.add_scalar(f"eval/{key}", value, global_step)
         writer.add_scalar("time/eval", evaluations[-1]["eval_seconds"], global_step)
-        return row["success_rate"]
 
-    start_time = time.perf_counter()
-    eval_success = evaluate(0)
-    losses = []
-    bar = trange(1, args.train_steps + 1, unit="step", desc=args.exp_name)
-    update_start = time.perf_counter()
+    start_time = update_start = time.perf_counter()
+    global_step, losses = 0, []
+
+    # The state that --resume goes on from
+    parts = {"network": network, "optimizer": optimizer}
+
+    def make_state():
+        return {
+            "script": Path(__file__).stem,
+            "args": asdict(args),
+            "global_step": global_step,
+            "seconds": time.perf_counter() - start_time,
+            "evaluations": evaluations,
+            "rng": torch.get_rng_state(),
+            **{name: part.state_dict() for name, part in parts.items()},
+            "demos": fingerprint(demos),
+            "log": [losses, time.perf_counter() - update_start],
+        }
+
+    if state:
+        with fitting(run_dir):
+            if fingerprint(demos) != state["demos"]:
+                raise ValueError(f"the demonstrations in {args.dataset} are not those that it began with")
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            torch.set_rng_state(state["rng"])
+            global_step, evaluations = state["global_step"], state["evaluations"]
+            start_time -= state["seconds"]
+            losses, seconds = state["log"]
+            update_start -= seconds
+    else:
+        evaluate(0)
+        update_start = time.perf_counter()
+    stop = Stop()
+    bar = trange(global_step + 1, args.train_steps + 1, initial=global_step, total=args.train_steps, unit="step")
 
     for global_step in bar:
         # Schedule
@@ -347,13 +383,21 @@ if __name__ == "__main__":
             }
             for key, scalar in scalars.items():
                 writer.add_scalar(key, scalar, global_step)
-            bar.set_postfix(loss=f"{l1_mean:.3f}", eval=f"{eval_success:.2f}")
+            bar.set_postfix(loss=f"{l1_mean:.3f}", eval=f"{evaluations[-1]['success_rate']:.2f}")
             losses, update_start = [], time.perf_counter()
 
         if global_step % args.eval_freq == 0 or global_step == args.train_steps:
             eval_start = time.perf_counter()
-            eval_success = evaluate(global_step)
+            evaluate(global_step)
             update_start += time.perf_counter() - eval_start
+
+        # Save the state now and then, and if asked to stop
+        if stop.number or global_step % args.save_freq == 0:
+            writer.flush()
+            save_state(make_state(), run_dir)
+        if stop.number:
+            bar.close()
+            stop.exit(run_dir)
 
     # The result, on test episodes, which nothing was chosen by
     checkpoint = make_checkpoint(args, network, global_step)

@@ -19,13 +19,13 @@ import mujoco
 import numpy as np
 import torch
 
+from checkpoints import IL_SCRIPTS, fingerprint, load_checkpoint
 from env_paper_square import FINGERTIPS, JOINTS, OBS, SCENE_PATH, to_si
 
 BASE_POLICIES = ("zero", "jacobian", "hybrid", "il")
 CONTACT_HEIGHT = 0.009  # m, the fingertip's centre on the sheet: 1 mm of card and the fingertip's radius of 8 mm
 ANGLE_WEIGHT = 0.05  # m per rad, of the fingers' pitch and heading against the fingertip's position
 NOMINAL_WAY = 0.18  # m, from the sheet's nominal start to the square
-IL_SCRIPTS = ("act", "diffusion_policy")  # that an imitation-learned checkpoint may come from
 
 # LeRobot's conventions for the SO-101: joints in degrees, the gripper in percent of its travel
 ENV_STATE = tuple(name for name in OBS if not name.startswith("joint_"))  # rows of observation.environment_state
@@ -88,14 +88,24 @@ class BaseArgs(BaseFlags):
     """frozen policy that the residual corrects: zero, jacobian, hybrid or il"""
 
 
-class ZeroPolicy:
+class Stateless:
+    """A policy of the observation alone. One that remembers more says what, for --resume."""
+
+    def reset(self, mask: np.ndarray) -> None:
+        pass
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
+
+
+class ZeroPolicy(Stateless):
     """Holds still: with it, a residual script is pure RL."""
 
     def __call__(self, obs: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         return np.zeros((len(obs), len(JOINTS)))
-
-    def reset(self, mask: np.ndarray) -> None:
-        pass
 
 
 class ArmKinematics:
@@ -143,7 +153,7 @@ def damped_step(jacobian: np.ndarray, motion: np.ndarray, damping: float) -> np.
     return (columns @ np.linalg.solve(damped, error[:, :, None]))[:, :, 0]
 
 
-class JacobianIKPolicy:
+class JacobianIKPolicy(Stateless):
     """Press-and-drag by damped least squares: steers where the sheet lies and has no notion of its yaw.
 
     The phase follows from the observation alone and sets the fingertip's target:
@@ -217,9 +227,6 @@ class JacobianIKPolicy:
         height = np.select([drag | press, centred], [self.press_height, self.RELEASE_HEIGHT], self.hover_height)
         return np.concatenate([commanded[:, :2] + way, height[:, None]], axis=1)
 
-    def reset(self, mask: np.ndarray) -> None:
-        pass
-
 
 class FrozenILPolicy:
     """An imitation-learned policy as a frozen base: of act.py, of diffusion_policy.py, or a LeRobot folder.
@@ -239,7 +246,7 @@ class FrozenILPolicy:
 
     def __init__(self, state: dict, act_scale: float = 0.02, device: torch.device | str = "cpu"):
         self.act_scale, self.device = act_scale, device
-        self.network = load_network(state).to(device)
+        self.network, self.state, self.fingerprint = load_network(state).to(device), state, ""
         self.n_action_steps, self.coeff = self.network.n_action_steps, self.network.temporal_ensemble_coeff
         self.pointer = np.zeros(0, dtype=np.int64)  # next step of the chunk; or how many chunks an ensemble has
 
@@ -249,6 +256,15 @@ class FrozenILPolicy:
             self.chunks = np.zeros((len(mask), chunks, self.network.chunk_size, len(JOINTS)))
             self.pointer, mask = np.zeros(len(mask), dtype=np.int64), np.ones(len(mask), dtype=bool)
         self.pointer[mask] = 0 if self.coeff else self.n_action_steps  # none yet, or used up
+
+    def state_dict(self) -> dict:
+        self.fingerprint = self.fingerprint or fingerprint(self.state)
+        return {"chunks": self.chunks, "pointer": self.pointer, "fingerprint": self.fingerprint}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state["fingerprint"] != fingerprint(self.state):
+            raise ValueError("its imitation-learned base has changed since the run began")
+        self.chunks[:], self.pointer[:] = state["chunks"], state["pointer"]
 
     def __call__(self, obs: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         ids = np.arange(len(obs)) if mask is None else np.flatnonzero(mask)
@@ -319,6 +335,13 @@ class HybridPolicy:
         for policy in self.policies:
             policy.reset(mask)
 
+    def state_dict(self) -> dict:
+        return {"policies": [policy.state_dict() for policy in self.policies]}
+
+    def load_state_dict(self, state: dict) -> None:
+        for policy, part in zip(self.policies, state["policies"], strict=True):
+            policy.load_state_dict(part)
+
 
 @functools.cache
 def load_il(path: str) -> dict:
@@ -332,7 +355,7 @@ def load_il(path: str) -> dict:
         )
     if Path(path).is_dir():
         return importlib.import_module("lerobot_policy").read_folder(Path(path))
-    state = importlib.import_module("eval").load_checkpoint(path)
+    state = load_checkpoint(path)
     if state["script"] not in IL_SCRIPTS:
         raise ValueError(f"{path} comes from {state['script']}.py, not from one of {', '.join(IL_SCRIPTS)}")
     return state

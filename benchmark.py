@@ -32,8 +32,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tqdm import tqdm
 
 from base_policies import make_base_policy
+from checkpoints import load_checkpoint
 from env_paper_square import OBS_DIM, PaperSquareVectorEnv
-from eval import RandomPolicy, align, fail, load_checkpoint
+from eval import RandomPolicy, align
+from flags import fail
 from ppo_residual import Agent, make_policy
 
 ROOT = Path(__file__).resolve().parent

@@ -177,6 +177,9 @@ class PaperSquareVectorEnv(VectorEnv):
     Raises ValueError for arguments, seeds or actions that it cannot use.
     """
 
+    _STATE = ("pair_friction", "_body_mass", "_body_inertia", "_joint_target", "_tape_half_size", "_hold_counter")
+    _STATE += ("_episode_steps", "paused")
+
     def __init__(
         self,
         num_envs: int = 1,
@@ -363,6 +366,27 @@ class PaperSquareVectorEnv(VectorEnv):
         else:
             masks = {f"_{key}": np.ones_like(done) for key in infos}
         return observations, rewards, terminations, truncations, {**infos, **masks}
+
+    def state_dict(self) -> dict:
+        """All that the coming steps depend on: arrays by name, and the states of the random generators."""
+        arrays = {name: getattr(self, name).copy() for name in self._STATE}
+        generators = [rng and rng.bit_generator.state for rng in self._rngs]
+        return {**arrays, "physics": self.batch.state.copy(), "square": self.tape_half_size, "generators": generators}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from what `state_dict` returned of as many environments with the same arguments, to the same bits.
+
+        Raises KeyError, TypeError or ValueError for anything else.
+        """
+        for name in self._STATE:
+            getattr(self, name)[:] = state[name]
+        self.tape_half_size = float(state["square"])
+        for i, generator in enumerate(state["generators"]):
+            self._rngs[i] = np.random.default_rng()
+            self._rngs[i].bit_generator.state = generator
+        self.batch.set_const()  # what MuJoCo derives from the masses
+        self.batch.state[:] = state["physics"]
+        self.batch.forward(None, mujoco.mjtStage.mjSTAGE_VEL.value)
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """One image (height, width, 3) uint8 per environment; in mode "human", show the first one instead."""

@@ -10,16 +10,14 @@ evaluate with: `validate`, `report`.
 
 import difflib
 import importlib
-import json
 import os
-import pickle
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -27,11 +25,12 @@ import tyro
 from gymnasium.vector import AutoresetMode
 from tqdm import tqdm
 
-from base_policies import IL_SCRIPTS, BaseArgs, BaseFlags, base_kwargs, make_base_policy
+from base_policies import BaseArgs, BaseFlags, base_kwargs, make_base_policy
+from checkpoints import load_checkpoint, save_checkpoint, write_json
 from env_paper_square import OBS, OBS_SCALE, SHEET_HALF_SIZE, EnvArgs, PaperSquareVectorEnv, to_si
+from flags import fail
 
 POLICY_HZ = 30  # steps per second, the environment's default
-SCRIPTS = ("ppo_residual", "ppo", "sac_residual", *IL_SCRIPTS)  # that a checkpoint may come from
 VALIDATION_SEED = 1_000_000  # episodes that training evaluates on as it goes
 TEST_SEED = 2_000_000  # episodes that results are reported on
 LARGEST_RESIDUAL = 6**0.5  # norm of a residual action with all six entries at their bounds
@@ -120,12 +119,6 @@ class RandomPolicy:
 
     def reset(self, mask: np.ndarray) -> None:
         pass
-
-
-def fail(message: str) -> NoReturn:
-    """End the program for a user's mistake: one line on stderr, exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def find_device(name: str) -> torch.device:
@@ -357,38 +350,6 @@ def format_table(results: dict[str, dict]) -> str:
     return align(lines)
 
 
-def save_checkpoint(checkpoint: dict, path: Path) -> None:
-    """Write a checkpoint whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    torch.save(checkpoint, temporary)
-    temporary.replace(path)
-
-
-def load_checkpoint(path: str | Path) -> dict:
-    """Read a checkpoint of one of the training scripts, without executing anything in it.
-
-    Raises ValueError, with one line for the user, if the file is missing or is not such a checkpoint.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no checkpoint at {path}: give the .pt file that a training script wrote under runs/")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a checkpoint of this project (cannot be read: {reason[:100]})") from error
-    expected = {"script", "args", "model", "env_kwargs", "global_step", "obs_names"}
-    if not isinstance(checkpoint, dict) or not expected <= checkpoint.keys():
-        raise ValueError(f"{path} is not a checkpoint of this project: it lacks {', '.join(sorted(expected))}")
-    if checkpoint["script"] not in SCRIPTS:
-        raise ValueError(f"{path} comes from an unknown script: expected one of {', '.join(SCRIPTS)}")
-    if checkpoint["obs_names"] != list(OBS):
-        raise ValueError(
-            f"{path} was trained on other observations: {', '.join(checkpoint['obs_names'])}; train it anew"
-        )
-    return checkpoint
-
-
 def load_policies(args: Args) -> tuple[dict, dict]:
     """The policies that the flags ask for, by name, and the environment arguments of each."""
     policies, env_kwargs, bases = {}, {}, {}
@@ -468,7 +429,7 @@ def report(policy, checkpoint: dict, num_episodes: int, evaluations: list, run_d
     print(f"{checkpoint['global_step']} steps, {minutes:.1f} min of training; {num_episodes} held-out test episodes:")
     print(format_table(results))
     everything = {"policies": results, "evaluations": evaluations, "args": checkpoint["args"]}
-    (run_dir / "results.json").write_text(json.dumps(everything, indent=1) + "\n")
+    write_json(run_dir / "results.json", everything)
     if film:
         film_episode(policies, dict.fromkeys(policies, checkpoint["env_kwargs"]), TEST_SEED, run_dir / "episode.mp4")
     print(f"wrote {run_dir}; watch it: python eval.py --model-path {run_dir}/last.pt --save-video")
@@ -711,7 +672,7 @@ if __name__ == "__main__":
         print(f"\nsuccess by {args.sweep[0]}:\n{format_sweep(everything['sweep'])}")
         plot_sweep(everything["sweep"], output_dir / f"sweep_{args.sweep[0]}.png")
         print(f"wrote {output_dir / f'sweep_{args.sweep[0]}.png'}")
-    (output_dir / "results.json").write_text(json.dumps(everything, indent=1) + "\n")
+    write_json(output_dir / "results.json", everything)
     print(f"wrote {output_dir / 'results.json'}")
     if args.plot:
         tape_half_size = next(iter(env_kwargs.values())).get("tape_half_size", EnvArgs.tape_half_size)

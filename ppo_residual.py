@@ -8,7 +8,6 @@ residual starts at zero, so training starts at the base's success rate.
     python ppo_residual.py      # 2 minutes on two cores: base 39 %, residual 99.9 % of held-out episodes
 """
 
-import json
 import os
 import time
 from collections import defaultdict, deque
@@ -28,8 +27,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from base_policies import BaseArgs, base_state, make_base
+from checkpoints import Stop, begin, fitting, make_run_dir, save_state
 from env_paper_square import OBS, EnvArgs, env_kwargs, eval_kwargs
-from eval import VALIDATION_SEED, check_rendering, fail, find_device, report, validate
+from eval import VALIDATION_SEED, check_rendering, find_device, report, validate
+from flags import fail
 
 
 @dataclass
@@ -44,6 +45,10 @@ class Args(EnvArgs, BaseArgs):
     """where the networks are: cpu, cuda, or auto, which takes cuda where there is one"""
     compile: bool = False
     """compile the losses' forward and backward pass (torch.compile); pays off in long trainings only"""
+    resume: str = ""
+    """folder of a run, runs/NAME, that was stopped: go on with it, with its flags"""
+    save_freq: int = 50_000
+    """environment steps between saves of the state for --resume; it is also saved when the run is stopped"""
     track: bool = False
     """also log to Weights & Biases"""
     wandb_project: str = "paper-square"
@@ -263,7 +268,7 @@ def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
+    args, run_dir, state = begin(tyro.cli(Args), Path(__file__).stem)
 
     # Several processes, by torchrun: each steps its share of the environments and differentiates its share of every
     # batch. All draw the same random numbers and hold the same weights; the first one evaluates and writes.
@@ -291,7 +296,13 @@ if __name__ == "__main__":
             dist.all_reduce(total)
             nn.utils.vector_to_parameters(total / world_size, gradients)
 
-    run_dir = Path("runs") / f"{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    def gather_objects(x):
+        """The objects x of all processes, a list."""
+        parts = [x] * world_size
+        if world_size > 1:
+            dist.all_gather_object(parts, x)
+        return parts
+
     try:
         check_args(args)
         if args.num_envs % world_size or args.minibatch_size % world_size:
@@ -301,18 +312,22 @@ if __name__ == "__main__":
             check_rendering()
         if args.track:
             import wandb
-        if rank == 0:
-            run_dir.mkdir(parents=True)
+        if rank == 0 and state is None:
+            make_run_dir(run_dir, Path(__file__).stem, asdict(args))
     except ImportError:
         fail("--track needs Weights & Biases: pip install wandb")
     except (ValueError, RuntimeError, OSError) as error:
         fail(str(error))
     if rank == 0:
-        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1) + "\n")
         if args.track:
-            wandb.init(project=args.wandb_project, name=run_dir.name, config=asdict(args), sync_tensorboard=True)
-        writer = SummaryWriter(run_dir)
-        writer.add_text("args", "\n".join(["|flag|value|", "|-|-|", *(f"|{k}|{v}|" for k, v in asdict(args).items())]))
+            wandb.init(
+                project=args.wandb_project, id=run_dir.name, resume="allow", config=asdict(args), sync_tensorboard=True
+            )
+        writer = SummaryWriter(run_dir, purge_step=state["global_step"] + 1 if state else 0)
+        if not state:
+            writer.add_text(
+                "args", "\n".join(["|flag|value|", "|-|-|", *(f"|{k}|{v}|" for k, v in asdict(args).items())])
+            )
 
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.torch_threads)
@@ -358,23 +373,74 @@ if __name__ == "__main__":
         for key, value in row.items():
             writer.add_scalar(f"eval/{key}", value, global_step)
         writer.add_scalar("time/eval", evaluations[-1]["eval_seconds"], global_step)
-        return row["success_rate"]
 
     # torch.compile, of what the update differentiates
     get_action_and_value = torch.compile(agent.get_action_and_value) if args.compile else agent.get_action_and_value
 
     start_time = time.perf_counter()
-    if rank == 0:
-        eval_success = evaluate(0)
-    next_eval = args.eval_freq
     global_step = 0
     episode_returns = np.zeros(num_envs)
     episode_lengths = np.zeros(num_envs)
     physics_resets = 0
     last_episodes = defaultdict(lambda: deque(maxlen=100))
-    bar = tqdm(total=num_iterations * batch_size, unit="step", unit_scale=True, desc=args.exp_name, disable=rank > 0)
 
-    for iteration in range(1, num_iterations + 1):
+    # The state that --resume goes on from
+    parts = {"agent": agent, "optimizer": optimizer}
+
+    def make_state():
+        own = {  # of this process
+            "envs": envs.state_dict(),
+            "base": [base_policy.state_dict(), base_action],
+            "next_obs": next_obs,
+            "episodes": [episode_returns, episode_lengths, physics_resets],
+            "last_episodes": last_episodes,
+        }
+        return {
+            "script": Path(__file__).stem,
+            "args": asdict(args),
+            "global_step": global_step,
+            "seconds": time.perf_counter() - start_time,
+            "evaluations": evaluations,
+            "rng": torch.get_rng_state(),
+            **{name: part.state_dict() for name, part in parts.items()},
+            "processes": gather_objects(own),
+        }
+
+    if state:
+        with fitting(run_dir):
+            if len(state["processes"]) != world_size:
+                raise ValueError(f"it takes {len(state['processes'])} processes, as before")
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            torch.set_rng_state(state["rng"])
+            global_step, evaluations = state["global_step"], state["evaluations"]
+            start_time -= state["seconds"]
+            own = state["processes"][rank]
+            envs.load_state_dict(own["envs"])
+            base_policy.load_state_dict(own["base"][0])
+            base_action[:] = own["base"][1]
+            next_obs[:] = own["next_obs"]
+            episode_returns[:], episode_lengths[:], physics_resets = own["episodes"]
+            for key, last in own["last_episodes"].items():
+                last_episodes[key].extend(last)
+    elif rank == 0:
+        evaluate(0)
+    bar = tqdm(total=num_iterations * batch_size, initial=global_step, unit="step", unit_scale=True, disable=rank > 0)
+    stop = Stop()
+
+    for iteration in range(global_step // batch_size + 1, num_iterations + 1):
+        # Save the state now and then, and if asked to stop
+        stopping = gather(torch.tensor([stop.number])).max().item()
+        if stopping or global_step % args.save_freq < batch_size:
+            state = make_state()
+            if rank == 0:
+                writer.flush()
+                save_state(state, run_dir)
+        if stopping:
+            bar.close()
+            gather(torch.zeros(1))  # all wait for the first process
+            stop.exit(run_dir)
+
         # Schedules
         progress = (iteration - 1) / num_iterations
         if args.anneal_lr:
@@ -511,11 +577,11 @@ if __name__ == "__main__":
         for key, scalar in scalars.items():
             writer.add_scalar(key, scalar, global_step)
 
-        if global_step >= next_eval or iteration == num_iterations:
-            eval_success = evaluate(global_step)
-            next_eval += args.eval_freq
+        if global_step >= args.eval_freq * len(evaluations) or iteration == num_iterations:
+            evaluate(global_step)
         bar.update(batch_size)
-        bar.set_postfix(success=f"{scalars.get('rollout/success_rate', 0.0):.2f}", eval=f"{eval_success:.2f}")
+        success = scalars.get("rollout/success_rate", 0.0)
+        bar.set_postfix(success=f"{success:.2f}", eval=f"{evaluations[-1]['success_rate']:.2f}")
     bar.close()
     envs.close()
 

@@ -34,8 +34,10 @@ from base_policies import (
     make_base_policy,
     to_lerobot,
 )
+from checkpoints import load_checkpoint
 from env_paper_square import JOINTS, PaperSquareVectorEnv, to_si
-from eval import POLICY_HZ, VALIDATION_SEED, check_rendering, fail, find_device, load_checkpoint
+from eval import POLICY_HZ, VALIDATION_SEED, check_rendering, find_device
+from flags import fail
 from lerobot_dataset import CAMERAS, FLUSH_EPISODES, Dataset, encode, make_features
 
 GIVE_UP = 200  # failures in a row

@@ -32,8 +32,9 @@ import numpy as np
 import tyro
 from scipy.stats import binomtest, bootstrap, mannwhitneyu, trim_mean
 
-from base_policies import IL_SCRIPTS
-from eval import fail, pyplot
+from checkpoints import IL_SCRIPTS
+from eval import pyplot
+from flags import fail
 
 ROOT = Path(__file__).resolve().parent
 PURE_RL = "ppo.py --num-envs 64 --minibatch-size 512 --total-timesteps 1000000 --reach-weight -1"

@@ -8,7 +8,6 @@ ppo_residual.py in the algorithm only. `--base-policy zero --alpha 1` is plain S
     python sac_residual.py      # 3 minutes on two cores: base 39 %, residual 99 % of held-out episodes
 """
 
-import json
 import os
 import time
 from collections import defaultdict, deque
@@ -28,8 +27,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from base_policies import BaseArgs, base_state, make_base
+from checkpoints import Stop, begin, fitting, make_run_dir, save_state
 from env_paper_square import OBS, EnvArgs, env_kwargs, eval_kwargs
-from eval import VALIDATION_SEED, check_rendering, fail, find_device, report, validate
+from eval import VALIDATION_SEED, check_rendering, find_device, report, validate
+from flags import fail
 
 
 @dataclass
@@ -42,6 +43,10 @@ class Args(EnvArgs, BaseArgs):
     """torch's threads; more than one fights the physics for the cores of a small machine"""
     device: str = "cpu"
     """where the networks are: cpu, cuda, or auto, which takes cuda where there is one"""
+    resume: str = ""
+    """folder of a run, runs/NAME, that was stopped: go on with it, with its flags"""
+    save_freq: int = 10_000
+    """environment steps between saves of the state for --resume; it is also saved when the run is stopped"""
     track: bool = False
     """also log to Weights & Biases"""
     wandb_project: str = "paper-square"
@@ -266,6 +271,16 @@ class ReplayBuffer:
         self.pos = (self.pos + 1) % self.capacity
         self.size = min(self.size + 1, self.capacity)
 
+    def state_dict(self):
+        tensors = {name: x[: self.size].clone() for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        return {"pos": self.pos, "size": self.size, **tensors}
+
+    def load_state_dict(self, state):
+        for name, x in vars(self).items():
+            if isinstance(x, torch.Tensor):
+                x[: state["size"]] = state[name]
+        self.pos, self.size = state["pos"], state["size"]
+
     def sample(self, batch_size, n_step, gamma):
         """A batch by name; `returns` are of n steps, fewer where the episode or the buffer ends before."""
         start = torch.randint(self.size, (batch_size,))
@@ -322,7 +337,7 @@ def make_policy(checkpoint, sample=False, device="cpu"):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
+    args, run_dir, state = begin(tyro.cli(Args), Path(__file__).stem)
 
     # Several processes, by torchrun: each steps its share of the environments and differentiates its share of every
     # batch. All draw the same random numbers and hold the same weights; the first one evaluates and writes.
@@ -350,7 +365,13 @@ if __name__ == "__main__":
             dist.all_reduce(total)
             nn.utils.vector_to_parameters(total / world_size, gradients)
 
-    run_dir = Path("runs") / f"{args.exp_name}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    def gather_objects(x):
+        """The objects x of all processes, a list."""
+        parts = [x] * world_size
+        if world_size > 1:
+            dist.all_gather_object(parts, x)
+        return parts
+
     try:
         check_args(args)
         if args.num_envs % world_size or args.batch_size % world_size:
@@ -360,18 +381,22 @@ if __name__ == "__main__":
             check_rendering()
         if args.track:
             import wandb
-        if rank == 0:
-            run_dir.mkdir(parents=True)
+        if rank == 0 and state is None:
+            make_run_dir(run_dir, Path(__file__).stem, asdict(args))
     except ImportError:
         fail("--track needs Weights & Biases: pip install wandb")
     except (ValueError, RuntimeError, OSError) as error:
         fail(str(error))
     if rank == 0:
-        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1) + "\n")
         if args.track:
-            wandb.init(project=args.wandb_project, name=run_dir.name, config=asdict(args), sync_tensorboard=True)
-        writer = SummaryWriter(run_dir)
-        writer.add_text("args", "\n".join(["|flag|value|", "|-|-|", *(f"|{k}|{v}|" for k, v in asdict(args).items())]))
+            wandb.init(
+                project=args.wandb_project, id=run_dir.name, resume="allow", config=asdict(args), sync_tensorboard=True
+            )
+        writer = SummaryWriter(run_dir, purge_step=state["global_step"] + 1 if state else 0)
+        if not state:
+            writer.add_text(
+                "args", "\n".join(["|flag|value|", "|-|-|", *(f"|{k}|{v}|" for k, v in asdict(args).items())])
+            )
 
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.torch_threads)
@@ -417,23 +442,83 @@ if __name__ == "__main__":
         for key, value in row.items():
             writer.add_scalar(f"eval/{key}", value, global_step)
         writer.add_scalar("time/eval", evaluations[-1]["eval_seconds"], global_step)
-        return row["success_rate"]
 
     start_time = time.perf_counter()
-    if rank == 0:
-        eval_success = evaluate(0)
-    next_eval = args.eval_freq
     global_step = 0
     episode_returns = np.zeros(num_envs)
     episode_lengths = np.zeros(num_envs)
     physics_resets = 0
     last_episodes = defaultdict(lambda: deque(maxlen=100))
-    step_sums = defaultdict(float)
+    step_sums, losses = defaultdict(float), {}
     num_iterations = args.total_timesteps // args.num_envs
     gradient_steps, updates_due, last_log = 0, 0.0, 0
-    bar = tqdm(total=num_iterations * args.num_envs, unit="step", unit_scale=True, desc=args.exp_name, disable=rank > 0)
 
-    for iteration in range(1, num_iterations + 1):
+    # The state that --resume goes on from
+    parts = {"actor": actor, "qf1": qf1, "qf2": qf2, "qf1_target": qf1_target, "qf2_target": qf2_target, "rb": rb}
+    parts |= {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer}
+    parts |= {"temperature_optimizer": temperature_optimizer}
+
+    def make_state():
+        own = {  # of this process
+            "envs": envs.state_dict(),
+            "base": [base_policy.state_dict(), base_action],
+            "next_obs": next_obs,
+            "episodes": [episode_returns, episode_lengths, physics_resets],
+            "last_episodes": last_episodes,
+            "log": [last_log, step_sums, losses],
+        }
+        return {
+            "script": Path(__file__).stem,
+            "args": asdict(args),
+            "global_step": global_step,
+            "seconds": time.perf_counter() - start_time,
+            "evaluations": evaluations,
+            "rng": torch.get_rng_state(),
+            **{name: part.state_dict() for name, part in parts.items()},
+            "log_temperature": log_temperature.detach(),
+            "updates": [gradient_steps, updates_due],
+            "processes": gather_objects(own),
+        }
+
+    if state:
+        with fitting(run_dir):
+            if len(state["processes"]) != world_size:
+                raise ValueError(f"it takes {len(state['processes'])} processes, as before")
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            log_temperature.data[:] = state["log_temperature"]
+            gradient_steps, updates_due = state["updates"]
+            torch.set_rng_state(state["rng"])
+            global_step, evaluations = state["global_step"], state["evaluations"]
+            start_time -= state["seconds"]
+            own = state["processes"][rank]
+            envs.load_state_dict(own["envs"])
+            base_policy.load_state_dict(own["base"][0])
+            base_action[:] = own["base"][1]
+            next_obs[:] = own["next_obs"]
+            episode_returns[:], episode_lengths[:], physics_resets = own["episodes"]
+            for key, last in own["last_episodes"].items():
+                last_episodes[key].extend(last)
+            last_log, sums, losses = own["log"]
+            step_sums.update(sums)
+    elif rank == 0:
+        evaluate(0)
+    bar = tqdm(total=num_iterations * args.num_envs, initial=last_log, unit="step", unit_scale=True, disable=rank > 0)
+    stop = Stop()
+
+    for iteration in range(global_step // args.num_envs + 1, num_iterations + 1):
+        # Save the state now and then, and if asked to stop
+        stopping = gather(torch.tensor([stop.number])).max().item()
+        if stopping or global_step % args.save_freq < args.num_envs:
+            state = make_state()
+            if rank == 0:
+                writer.flush()
+                save_state(state, run_dir)
+        if stopping:
+            bar.close()
+            gather(torch.zeros(1))  # all wait for the first process
+            stop.exit(run_dir)
+
         # Schedules
         progress = (iteration - 1) / num_iterations
         if args.curriculum:
@@ -531,6 +616,7 @@ if __name__ == "__main__":
             (qf1_loss + qf2_loss).backward()
             average_gradients(q_parameters)
             q_optimizer.step()
+            losses |= {"losses/qf1_loss": qf1_loss.detach(), "losses/qf2_loss": qf2_loss.detach()}
 
             if gradient_steps % args.policy_frequency == 0:
                 noise = torch.randn(args.batch_size, action_dim)[own_samples].to(device)
@@ -548,6 +634,8 @@ if __name__ == "__main__":
                     temperature_loss.backward()
                     average_gradients([log_temperature])
                     temperature_optimizer.step()
+                losses |= {"losses/qf_values": min_q.detach().mean(), "losses/policy_loss": actor_loss.detach()}
+                losses |= {"losses/entropy": -logprob.detach().mean(), "losses/temperature": torch.tensor(temperature)}
 
             with torch.no_grad():
                 for target, parameter in zip(q_target_parameters, q_parameters, strict=True):
@@ -571,25 +659,18 @@ if __name__ == "__main__":
                 "charts/tape_half_size": envs.tape_half_size,
                 "charts/SPS": num_steps / sum(seconds.values()),
             }
-            if gradient_steps >= args.policy_frequency:
-                scalars |= {
-                    "charts/std": actor(x)[1].exp().mean().item(),
-                    "losses/qf1_loss": qf1_loss.item(),
-                    "losses/qf2_loss": qf2_loss.item(),
-                    "losses/qf_values": min_q.mean().item(),
-                    "losses/policy_loss": actor_loss.item(),
-                    "losses/entropy": -logprob.mean().item(),
-                    "losses/temperature": temperature,
-                }
+            if "losses/policy_loss" in losses:
+                x = torch.from_numpy(append_base(next_obs, base_action, args.base_input)).to(device)
+                scalars |= {"charts/std": actor(x)[1].exp().mean().item(), **losses}
             for key, scalar in scalars.items():
                 writer.add_scalar(key, scalar, global_step)
             step_sums.clear()
             last_log = global_step
             bar.update(num_steps)
-            bar.set_postfix(success=f"{scalars.get('rollout/success_rate', 0.0):.2f}", eval=f"{eval_success:.2f}")
-        if global_step >= next_eval or iteration == num_iterations:
-            eval_success = evaluate(global_step)
-            next_eval += args.eval_freq
+            success = scalars.get("rollout/success_rate", 0.0)
+            bar.set_postfix(success=f"{success:.2f}", eval=f"{evaluations[-1]['success_rate']:.2f}")
+        if global_step >= args.eval_freq * len(evaluations) or iteration == num_iterations:
+            evaluate(global_step)
     bar.close()
     envs.close()
 

@@ -57,5 +57,5 @@ def test_what_cannot_be_shared_among_processes_is_an_error(tmp_path):
 def test_the_block_of_several_processes_is_the_same_in_all_scripts():
     blocks = set()
     for name in RUNS:
-        blocks.add(re.search("    # Several processes.*?\n    run_dir", (ROOT / name).read_text(), re.DOTALL)[0])
+        blocks.add(re.search("    # Several processes.*?\n    try:", (ROOT / name).read_text(), re.DOTALL)[0])
     assert len(blocks) == 1
