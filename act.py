@@ -105,6 +105,8 @@ def check_args(args):
         raise ValueError(
             f"--n-action-steps must not exceed --chunk-size {args.chunk_size}, found {args.n_action_steps}"
         )
+    if args.batch_size * args.chunk_size * args.dim_model > 2**25:  # some GB of activations
+        raise ValueError(f"--batch-size times --chunk-size times --dim-model must not exceed {2**25:,}")
     if args.dim_model % args.n_heads:
         raise ValueError(f"--n-heads must divide --dim-model {args.dim_model}, found {args.n_heads}")
 

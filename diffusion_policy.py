@@ -100,6 +100,8 @@ def check_args(args):
         raise ValueError(
             f"--n-action-steps must not exceed --chunk-size {args.chunk_size}, found {args.n_action_steps}"
         )
+    if args.batch_size * args.chunk_size * args.channels > 2**25:  # some GB of activations
+        raise ValueError(f"--batch-size times --chunk-size times --channels must not exceed {2**25:,}")
     if args.chunk_size % 2 or args.channels % 8:
         raise ValueError(
             f"--chunk-size must be even and --channels a multiple of 8, found {args.chunk_size} and {args.channels}"

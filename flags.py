@@ -236,8 +236,10 @@ def words_of(spellings: Sequence[str], line: Sequence[str]) -> list[str]:
 def unknown(word: str, kind: Any, line: Sequence[str]) -> str:
     """The line for a word that no flag takes."""
     if not word.startswith("-"):
-        before = [flag for flag in line[: line.index(word)] if flag[:2] == "--"] if word in line else []
-        return f"unexpected {SHORT.repr(word)}{' after ' * bool(before)}{''.join(before[-1:])}; --help lists the flags"
+        end = next((k for k, other in enumerate(line, 1) if other == word or other.endswith(f"={word}")), 0)
+        before = [other.partition("=")[0] for other in line[:end] if other[:2] == "--"]
+        after = f" after {before[-1]}" if before else ""
+        return f"unexpected {SHORT.repr(word)}{after}; --help lists the flags"
     flag, names = word.partition("=")[0], [field.name.replace("_", "-") for field in fields(kind)]
     hint = did_you_mean(flag.replace("_", "-"), [start + name for name in names for start in ("--", "--no-")])
     return f"unknown flag {SHORT.repr(flag)}{hint}; --help lists the flags"
@@ -264,7 +266,7 @@ def parse(kind: type[Args]) -> Args:
     return args
 
 
-def check_folder(path: str) -> None:
+def check_folder(path: str | Path) -> None:
     """Raise ValueError, one line for the user, if no file can be written in a folder, which need not exist yet."""
     try:
         folder = Path(path).absolute()
@@ -272,12 +274,20 @@ def check_folder(path: str) -> None:
             folder = folder.parent
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ValueError(f"cannot write in {path}: {error.strerror}") from error
+        raise ValueError(f"{path} is not a folder that can be written to: {error.strerror}") from error
+
+
+def number_of(variable: str, default: int) -> int:
+    """An environment variable of torchrun; raises ValueError, one line for the user, if it is no number."""
+    text = os.environ.get(variable, str(default))
+    if not re.fullmatch("[0-9]{1,6}", text):
+        raise ValueError(f"{variable}, which torchrun sets, must be a whole number, found {SHORT.repr(text)}")
+    return int(text)
 
 
 def find_device(name: str) -> torch.device:
     """The device that --device names, a GPU for each process of torchrun; raises ValueError if it is not there."""
-    gpus, rank = torch.cuda.device_count() if name != "cpu" else 0, int(os.environ.get("LOCAL_RANK", 0))
+    gpus, rank = torch.cuda.device_count() if name != "cpu" else 0, number_of("LOCAL_RANK", 0)
     if name == "cpu" or (name == "auto" and gpus == 0):
         return torch.device("cpu")
     if rank >= gpus:
@@ -286,22 +296,17 @@ def find_device(name: str) -> torch.device:
 
 
 def find_processes() -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun has it: 0 and 1 without; meets the others.
+    """This process's number and how many there are, 0 and 1 without torchrun; has met the others when it returns.
 
-    Ends the program, in one line, if the variables of torchrun are not what it sets them to.
+    Ends the program, in one line, if the environment variables are not what torchrun makes of them.
     """
-    numbers = {}
-    for name, default in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
-        text = os.environ.get(name, default)
-        if not re.fullmatch("[0-9]{1,6}", text):
-            fail(f"the environment variable {name}, which torchrun sets, must be a whole number, found {text!r}")
-        numbers[name] = int(text)
-    rank, world_size = numbers["RANK"], numbers["WORLD_SIZE"]
-    if rank >= world_size or not 1 <= numbers["LOCAL_WORLD_SIZE"] <= world_size:
-        fail(f"RANK and LOCAL_WORLD_SIZE do not fit WORLD_SIZE, which torchrun sets: found {numbers}")
-    if world_size > 1:
-        try:
+    try:
+        rank, world_size = number_of("RANK", 0), number_of("WORLD_SIZE", 1)
+        local_size = number_of("LOCAL_WORLD_SIZE", 1)
+        if not (rank < world_size and 1 <= local_size <= world_size):
+            raise ValueError(f"RANK {rank} and LOCAL_WORLD_SIZE {local_size} do not fit WORLD_SIZE {world_size}")
+        if world_size > 1:
             dist.init_process_group()
-        except (ValueError, RuntimeError) as error:
-            fail(f"{world_size} processes cannot meet, start them by torchrun: {str(error).splitlines()[0]}")
+    except (ValueError, RuntimeError, OverflowError) as error:
+        fail(f"cannot be one of several processes, start them by torchrun: {str(error).splitlines()[0]}")
     return rank, world_size

@@ -33,7 +33,7 @@ from scipy.stats import binomtest, bootstrap, mannwhitneyu, trim_mean
 
 from base_policies import IL_SCRIPTS
 from eval import pyplot
-from flags import check_folder, fail, parse
+from flags import check_folder, did_you_mean, fail, parse
 
 ROOT = Path(__file__).resolve().parent
 PURE_RL = "ppo.py --num-envs 64 --minibatch-size 512 --total-timesteps 1000000 --reach-weight -1"
@@ -576,7 +576,8 @@ if __name__ == "__main__":
     if args.executor == "local" and args.cores_per_run > available_cores():
         fail(f"--cores-per-run must not exceed the {available_cores()} cores of this machine")
     if not any(args.only in method for method in SUITES[args.suite].methods):
-        fail(f"--only must be part of a method's name: {', '.join(SUITES[args.suite].methods)}")
+        names = SUITES[args.suite].methods
+        fail(f"--only must be part of a method's name: {', '.join(names)}{did_you_mean(args.only, names)}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # either way, the runs under way end too
     try:
         sys.exit(1 if main(args) else 0)
