@@ -9,19 +9,19 @@ The policy is a base to be lifted: python ppo_residual.py --base-policy il --il-
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn as nn
 import torch.optim as optim
-import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import trange
 
 from base_policies import FrozenILPolicy
 from checkpoints import Stop, begin, fingerprint, fitting, make_run_dir, save_state
 from env_paper_square import OBS, EnvArgs, eval_kwargs
-from eval import check_rendering, find_device, report, validate
-from flags import fail
+from eval import check_rendering, report, validate
+from flags import check_flags, fail, find_device, parse
 from lerobot_dataset import load_demos
 
 
@@ -35,8 +35,8 @@ class Args:
     """torch's threads; there is no physics while it trains"""
     num_threads: int = 0
     """threads that step the physics of the evaluations; 0 takes all cores"""
-    device: str = "cpu"
-    """where the networks are: cpu, cuda, or auto, which takes cuda where there is one"""
+    device: Literal["cpu", "cuda", "auto"] = "cpu"
+    """where the networks are; auto takes cuda where there is one"""
     resume: str = ""
     """folder of a run, runs/NAME, that was stopped: go on with it, with its flags"""
     save_freq: int = 500
@@ -104,23 +104,13 @@ class Args:
 
 
 def check_args(args):
-    """Raise ValueError, one line for the user, for values that do not fit."""
-    positive = ("torch_threads", "log_freq", "eval_freq", "eval_episodes", "test_episodes", "train_steps", "batch_size")
-    sizes = ("dim_model", "n_heads", "dim_feedforward", "n_encoder_layers", "n_decoder_layers", "n_vae_layers")
-    for name in (*positive, *sizes, "latent_dim", "chunk_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, found {getattr(args, name)}")
-    if not 0.0 < args.learning_rate < float("inf"):
-        raise ValueError(f"--learning-rate must be positive, found {args.learning_rate}")
-    for name in ("weight_decay", "kl_weight", "temporal_ensemble_coeff", "num_threads", "num_demos", "seed"):
-        if not 0.0 <= getattr(args, name) < float("inf"):
-            raise ValueError(f"--{name.replace('_', '-')} must not be negative, found {getattr(args, name)}")
-    if not 0.0 <= args.dropout < 1.0:
-        raise ValueError(f"--dropout must lie in [0, 1), found {args.dropout}")
-    if not 1 <= args.n_action_steps <= args.chunk_size:
+    """Raise ValueError, one line for the user, for flags that do not fit each other."""
+    if args.n_action_steps > args.chunk_size:
         raise ValueError(
-            f"--n-action-steps must lie in 1 to --chunk-size {args.chunk_size}, found {args.n_action_steps}"
+            f"--n-action-steps must not exceed --chunk-size {args.chunk_size}, found {args.n_action_steps}"
         )
+    if args.batch_size * args.chunk_size * args.dim_model > 2**25:  # some GB of activations
+        raise ValueError(f"--batch-size times --chunk-size times --dim-model must not exceed {2**25:,}")
     if args.dim_model % args.n_heads:
         raise ValueError(f"--n-heads must divide --dim-model {args.dim_model}, found {args.n_heads}")
 
@@ -229,6 +219,7 @@ def make_network(checkpoint):
     """Rebuild the network from a checkpoint alone; raises ValueError if its parts do not fit."""
     try:
         args = Args(**checkpoint["args"])
+        check_flags(args)
         check_args(args)
         with torch.random.fork_rng(devices=[]):  # the training's own random numbers go on as if this were not
             network = Network(args)
@@ -266,7 +257,7 @@ def kl_divergence(mean, logvar):
 
 
 if __name__ == "__main__":
-    args, run_dir, state = begin(tyro.cli(Args), Path(__file__).stem)
+    args, run_dir, state = begin(parse(Args), Path(__file__).stem)
     try:
         check_args(args)
         device = find_device(args.device)

@@ -21,6 +21,7 @@ import torch
 
 from checkpoints import IL_SCRIPTS, fingerprint, load_checkpoint
 from env_paper_square import FINGERTIPS, JOINTS, OBS, SCENE_PATH, to_si
+from flags import did_you_mean
 
 BASE_POLICIES = ("zero", "jacobian", "hybrid", "il")
 CONTACT_HEIGHT = 0.009  # m, the fingertip's centre on the sheet: 1 mm of card and the fingertip's radius of 8 mm
@@ -74,7 +75,7 @@ class BaseFlags:
     """jacobian: height of the fingertip's centre away from the sheet, m"""
     il_checkpoint: str = ""
     """il: checkpoint of act.py or diffusion_policy.py, or a LeRobot pretrained_model folder"""
-    hybrid_bases: tuple[str, ...] = ("jacobian", "zero")
+    hybrid_bases: tuple[Literal["zero", "jacobian", "il"], ...] = ("jacobian", "zero")
     """hybrid: the bases to combine"""
     hybrid_weights: tuple[float, ...] = (0.5, 0.5)
     """hybrid: a weight for each base"""
@@ -84,8 +85,8 @@ class BaseFlags:
 
 @dataclass
 class BaseArgs(BaseFlags):
-    base_policy: str = "jacobian"
-    """frozen policy that the residual corrects: zero, jacobian, hybrid or il"""
+    base_policy: Literal["zero", "jacobian", "hybrid", "il"] = "jacobian"
+    """frozen policy that the residual corrects"""
 
 
 class Stateless:
@@ -314,10 +315,13 @@ class HybridPolicy:
             raise ValueError(f"hybrid mode must be 'blend' or 'switch', found {mode!r}")
         if len(policies) != len(weights) or not len(policies):
             raise ValueError(
-                f"hybrid needs one weight per base, found {len(policies)} bases and {len(weights)} weights"
+                f"hybrid needs one weight per base, found {len(policies)} bases and {len(weights)} weights: "
+                "see --hybrid-bases and --hybrid-weights"
             )
         if not (np.isfinite(weights).all() and min(weights) >= 0 and sum(weights) > 0):
-            raise ValueError(f"hybrid weights must not be negative and must not all be zero, found {list(weights)}")
+            raise ValueError(
+                f"hybrid weights must not be negative and must not all be zero, found --hybrid-weights {list(weights)}"
+            )
         self.policies, self.mode = list(policies), mode
         self.weights = np.asarray(weights, dtype=np.float64) / np.sum(weights)
 
@@ -412,7 +416,8 @@ def make_base_policy(
             raise ValueError("hybrid cannot be one of its own bases: choose from zero, jacobian, il")
         common = {"il_checkpoint": il_checkpoint, "il_state": il_state, "act_scale": act_scale, "device": device, **ik}
         return HybridPolicy([make_base_policy(base, **common) for base in hybrid_bases], hybrid_weights, hybrid_mode)
-    raise ValueError(f"unknown base policy {name!r}: choose from {', '.join(BASE_POLICIES)}")
+    hint = did_you_mean(name, BASE_POLICIES)
+    raise ValueError(f"unknown base policy {name!r}: choose from {', '.join(BASE_POLICIES)}{hint}")
 
 
 def make_base(args: BaseArgs, il_state: dict | None = None, device: torch.device | str = "cpu"):

@@ -27,7 +27,6 @@ from pathlib import Path
 import mujoco
 import numpy as np
 import torch
-import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
@@ -35,7 +34,7 @@ from base_policies import make_base_policy
 from checkpoints import load_checkpoint
 from env_paper_square import OBS_DIM, PaperSquareVectorEnv
 from eval import RandomPolicy, align
-from flags import fail
+from flags import fail, parse
 from ppo_residual import Agent, make_policy
 
 ROOT = Path(__file__).resolve().parent
@@ -245,13 +244,11 @@ def spread(values: list[float], digits: str) -> str:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    if args.repeats < 1 or not args.seconds > 0 or args.warmup_steps < 0:
-        fail("--repeats must be at least 1, --seconds positive, --warmup-steps 0 or more")
-    if not args.num_envs or any(n < 1 or ROLLOUT % n for n in args.num_envs):
+    args = parse(Args)
+    if not args.num_envs or any(ROLLOUT % n for n in args.num_envs):
         fail(f"--num-envs must be powers of two from 1 to {ROLLOUT}, found {' '.join(map(str, args.num_envs))}")
-    if args.sb3_steps < 0 or args.training_steps != 0 and args.training_steps < 2 * ROLLOUT:
-        fail(f"--sb3-steps must be 0 or more, --training-steps 0 or at least {2 * ROLLOUT}, two rollouts")
+    if 0 < args.training_steps < 2 * ROLLOUT:
+        fail(f"--training-steps must be 0 or at least {2 * ROLLOUT}, two rollouts, found {args.training_steps}")
     try:
         bases = [make_base_policy("il" if os.path.exists(name) else name, il_checkpoint=name) for name in args.bases]
     except ValueError as error:

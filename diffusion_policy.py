@@ -16,15 +16,14 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.optim as optim
-import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import trange
 
 from base_policies import FrozenILPolicy
 from checkpoints import Stop, begin, fingerprint, fitting, make_run_dir, save_state
 from env_paper_square import OBS, EnvArgs, eval_kwargs
-from eval import check_rendering, find_device, report, validate
-from flags import fail
+from eval import check_rendering, report, validate
+from flags import check_flags, fail, find_device, parse
 from lerobot_dataset import load_demos
 
 FREQUENCIES = torch.logspace(0.0, -2.0, 16)  # of the sines and cosines that tell the timestep, rad per step
@@ -40,8 +39,8 @@ class Args:
     """torch's threads; there is no physics while it trains"""
     num_threads: int = 0
     """threads that step the physics of the evaluations; 0 takes all cores"""
-    device: str = "cpu"
-    """where the networks are: cpu, cuda, or auto, which takes cuda where there is one"""
+    device: Literal["cpu", "cuda", "auto"] = "cpu"
+    """where the networks are; auto takes cuda where there is one"""
     resume: str = ""
     """folder of a run, runs/NAME, that was stopped: go on with it, with its flags"""
     save_freq: int = 500
@@ -100,28 +99,18 @@ class Args:
 
 
 def check_args(args):
-    """Raise ValueError, one line for the user, for values that do not fit."""
-    positive = ("torch_threads", "log_freq", "eval_freq", "eval_episodes", "test_episodes", "train_steps", "batch_size")
-    sizes = ("chunk_size", "channels", "embedding_size", "num_train_timesteps")
-    for name in (*positive, *sizes):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, found {getattr(args, name)}")
-    if not 0.0 < args.learning_rate < float("inf"):
-        raise ValueError(f"--learning-rate must be positive, found {args.learning_rate}")
-    for name in ("weight_decay", "num_threads", "num_demos", "seed"):
-        if not 0.0 <= getattr(args, name) < float("inf"):
-            raise ValueError(f"--{name.replace('_', '-')} must not be negative, found {getattr(args, name)}")
-    if not 0.0 <= args.ema_decay < 1.0:
-        raise ValueError(f"--ema-decay must lie in [0, 1), found {args.ema_decay}")
-    if not 1 <= args.n_action_steps <= args.chunk_size:
+    """Raise ValueError, one line for the user, for flags that do not fit each other."""
+    if args.n_action_steps > args.chunk_size:
         raise ValueError(
-            f"--n-action-steps must lie in 1 to --chunk-size {args.chunk_size}, found {args.n_action_steps}"
+            f"--n-action-steps must not exceed --chunk-size {args.chunk_size}, found {args.n_action_steps}"
         )
+    if args.batch_size * args.chunk_size * args.channels > 2**25:  # some GB of activations
+        raise ValueError(f"--batch-size times --chunk-size times --channels must not exceed {2**25:,}")
     if args.chunk_size % 2 or args.channels % 8:
         raise ValueError(
             f"--chunk-size must be even and --channels a multiple of 8, found {args.chunk_size} and {args.channels}"
         )
-    if not 1 <= args.num_inference_steps <= args.num_train_timesteps:
+    if args.num_inference_steps > args.num_train_timesteps:
         raise ValueError(
             f"--num-inference-steps must lie in 1 to --num-train-timesteps {args.num_train_timesteps}, "
             f"found {args.num_inference_steps}"
@@ -257,6 +246,7 @@ def make_network(checkpoint):
     """Rebuild the network from a checkpoint alone; raises ValueError if its parts do not fit."""
     try:
         args = Args(**checkpoint["args"])
+        check_flags(args)
         check_args(args)
         with torch.random.fork_rng(devices=[]):  # the training's own random numbers go on as if this were not
             network = Network(args)
@@ -314,7 +304,7 @@ def ddim(denoise, x, alphas_cumprod, num_inference_steps):
 
 
 if __name__ == "__main__":
-    args, run_dir, state = begin(tyro.cli(Args), Path(__file__).stem)
+    args, run_dir, state = begin(parse(Args), Path(__file__).stem)
     try:
         check_args(args)
         device = find_device(args.device)

@@ -5,7 +5,6 @@ the folder holds the episodes that info.json counts. `load_demos` reads such a f
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 from base_policies import ENV_STATE
 from env_paper_square import JOINTS, OBS
 from eval import POLICY_HZ
+from flags import check_folder
 
 TASK = "Slide the sheet of paper into the tape square."
 CAMERAS = ("top", "side", "wrist")
@@ -216,9 +216,7 @@ class Dataset:
             "video_path": f"videos/{{video_key}}/{path}.mp4" if self.cameras else None,
             "features": features,
         }
-        existing = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
-        if not (existing.is_dir() and os.access(existing, os.W_OK)):
-            raise ValueError(f"{existing} is not a folder that can be written to")
+        check_folder(root)
         if any(file.is_file() and file.suffix != ".tmp" for file in root.rglob("*")):
             if not append:
                 raise ValueError(f"{root} is not empty: add to it with --append, or choose another --output-dir")

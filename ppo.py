@@ -9,7 +9,7 @@ import time
 from collections import defaultdict, deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from checkpoints import Stop, begin, fitting, make_run_dir, save_state
 from env_paper_square import OBS, EnvArgs, env_kwargs, eval_kwargs
-from eval import VALIDATION_SEED, check_rendering, find_device, report, validate
-from flags import fail
+from eval import VALIDATION_SEED, check_rendering, report, validate
+from flags import fail, find_device, find_processes, parse
 
 
 @dataclass
@@ -36,8 +36,8 @@ class Args(EnvArgs):
     """seed of the network, the exploration and the training episodes"""
     torch_threads: int = 1
     """torch's threads; more than one fights the physics for the cores of a small machine"""
-    device: str = "cpu"
-    """where the networks are: cpu, cuda, or auto, which takes cuda where there is one"""
+    device: Literal["cpu", "cuda", "auto"] = "cpu"
+    """where the networks are; auto takes cuda where there is one"""
     compile: bool = False
     """compile the losses' forward and backward pass (torch.compile); pays off in long trainings only"""
     resume: str = ""
@@ -97,26 +97,20 @@ class Args(EnvArgs):
 
 
 def check_args(args):
-    """Raise ValueError, one line for the user, for values that do not fit."""
+    """Raise ValueError, one line for the user, for flags that do not fit each other."""
     batch_size = args.num_envs * args.num_steps
-    if args.num_envs < 1 or args.num_steps < 1 or args.minibatch_size < 1 or batch_size % args.minibatch_size:
+    if batch_size % args.minibatch_size:
         raise ValueError(
             f"--minibatch-size must divide num_envs * num_steps = {args.num_envs} * {args.num_steps} = {batch_size}, "
             f"found {args.minibatch_size}"
         )
+    if batch_size > 10_000_000:  # 2 GB
+        raise ValueError(f"--num-envs times --num-steps must not exceed 10,000,000, found {batch_size:,}")
     if args.total_timesteps < batch_size:
         raise ValueError(
             f"--total-timesteps must be at least one rollout of {batch_size} steps, found {args.total_timesteps}"
         )
-    for name in ("update_epochs", "eval_freq", "eval_episodes", "test_episodes", "hidden_size", "torch_threads"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, found {getattr(args, name)}")
-    for name in ("learning_rate", "init_std", "act_scale", "tape_half_size", "curriculum_start"):
-        if not getattr(args, name) > 0.0:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, found {getattr(args, name)}")
-    if not 0.0 <= args.gamma < 1.0:
-        raise ValueError(f"--gamma must lie in [0, 1), found {args.gamma}")
-    if not 0 <= args.seed * args.num_envs < VALIDATION_SEED - args.num_envs:
+    if args.seed * args.num_envs >= VALIDATION_SEED - args.num_envs:
         raise ValueError(f"--seed times --num-envs must lie below {VALIDATION_SEED}, where held-out episodes begin")
 
 
@@ -212,16 +206,15 @@ def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
 
 
 if __name__ == "__main__":
-    args, run_dir, state = begin(tyro.cli(Args), Path(__file__).stem)
+    args, run_dir, state = begin(parse(Args), Path(__file__).stem)
 
     # Several processes, by torchrun: each steps its share of the environments and differentiates its share of every
     # batch. All draw the same random numbers and hold the same weights; the first one evaluates and writes.
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = find_processes()
     num_envs = args.num_envs // world_size
     own_envs, own_samples = slice(rank * num_envs, (rank + 1) * num_envs), slice(rank, None, world_size)
     num_threads = args.num_threads
     if world_size > 1:
-        dist.init_process_group()
         num_threads = num_threads or max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
     def gather(x, dim=0):

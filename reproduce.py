@@ -29,12 +29,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import tyro
 from scipy.stats import binomtest, bootstrap, mannwhitneyu, trim_mean
 
 from checkpoints import IL_SCRIPTS
 from eval import pyplot
-from flags import fail
+from flags import check_folder, did_you_mean, fail, parse
 
 ROOT = Path(__file__).resolve().parent
 PURE_RL = "ppo.py --num-envs 64 --minibatch-size 512 --total-timesteps 1000000 --reach-weight -1"
@@ -174,8 +173,8 @@ CURVE_COLUMNS = ("method", "seed", "step", "training_s", "success")
 
 @dataclass
 class Args:
-    suite: str = "paper"
-    """what to run: paper, bases, imitation, ablations, sac, precision or quick"""
+    suite: Literal[tuple(SUITES)] = "paper"
+    """what to run"""
     only: str = ""
     """run only the methods whose name contains this"""
     seeds: int = 0
@@ -531,9 +530,11 @@ def main(args: Args) -> int:
     except ImportError:
         fail("reproduce.py hands its runs to submitit: pip install submitit==1.5.4")
     try:
+        check_folder("runs/submitit")
+        check_folder(args.output_dir)
         executor = submitit.AutoExecutor("runs/submitit", cluster=args.executor)
         folder.mkdir(parents=True, exist_ok=True)
-    except (RuntimeError, OSError) as error:  # no SLURM here, or no right to write here
+    except (ValueError, RuntimeError, OSError) as error:  # no SLURM here, or no right to write here
         fail(str(error))
     executor.update_parameters(timeout_min=args.timeout_min, cpus_per_task=cores, name=f"paper_square_{args.suite}")
     if args.slurm_partition:
@@ -571,15 +572,12 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    if args.suite not in SUITES:
-        fail(f"--suite must be one of {', '.join(SUITES)}, found {args.suite!r}")
-    if min(args.seeds, args.episodes) < 0 or min(args.cores_per_run, args.timeout_min) < 1:
-        fail("--seeds and --episodes must not be negative, --cores-per-run and --timeout-min at least 1")
+    args = parse(Args)
     if args.executor == "local" and args.cores_per_run > available_cores():
         fail(f"--cores-per-run must not exceed the {available_cores()} cores of this machine")
     if not any(args.only in method for method in SUITES[args.suite].methods):
-        fail(f"--only must be part of a method's name: {', '.join(SUITES[args.suite].methods)}")
+        names = SUITES[args.suite].methods
+        fail(f"--only must be part of a method's name: {', '.join(names)}{did_you_mean(args.only, names)}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # either way, the runs under way end too
     try:
         sys.exit(1 if main(args) else 0)

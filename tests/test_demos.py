@@ -620,7 +620,7 @@ def test_the_default_policy_is_the_residual_one_and_append_takes_new_seeds(tmp_p
         ("--noise-std nan", "--noise-std"),
         ("--noise-correlation 1", "--noise-correlation"),
         ("--videos --video-height 100", "--video-height"),
-        ("--policy magic", "unknown base policy 'magic'"),
+        ("--policy magic", "--policy must be empty, zero, jacobian, hybrid or il, found 'magic'"),
         ("--policy il", "needs --il-checkpoint"),
         ("--model-path nowhere.pt", "no checkpoint at nowhere.pt"),
         ("--teleop keyboard --noise-std 0.1", "--noise-std"),

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import eval as evaluation
+import flags
 
 ACT, DIFFUSION, RESIDUAL = (ROOT / "assets" / f"{name}.pt" for name in ("act", "diffusion_policy", "ppo_residual"))
 EVAL = f"--n-episodes 2 --policy hybrid --hybrid-bases jacobian il --il-checkpoint {DIFFUSION} --model-path"
@@ -129,7 +130,7 @@ def test_a_run_on_the_gpu_is_that_on_the_cpu(name, flags, monkeypatch, tmp_path)
 def test_the_pretended_gpu_objects_where_cuda_does(monkeypatch):
     with PretendedGPU(monkeypatch):
         x, y, k = torch.ones(3, device="cuda"), torch.ones(3), torch.tensor([0, 2])
-        assert evaluation.find_device("auto") == evaluation.find_device("cuda") == x.device == torch.device("cuda", 0)
+        assert flags.find_device("auto") == flags.find_device("cuda") == x.device == torch.device("cuda", 0)
         for good in (x + torch.tensor(1.0), x[k], x[y > 0], x.clamp(0, 1)[1:], torch.zeros_like(x), y.to(x.device)):
             assert good.device == x.device
         assert x.cpu().device == y.copy_(x).device == torch.device("cpu") and x.sum().item() == 3.0

@@ -320,13 +320,13 @@ def test_sweep_values():
 
 BAD_FLAGS = {
     "--sweep fricton 0.5 2": "did you mean friction",
-    "--sweep wind 0.5 2": "friction, mass, xy, yaw, noise, delay",
+    "--sweep wind 0.5 2": "friction, mass, xy, yaw, noise or delay",
     "--sweep friction 2 0.5": "LOW < HIGH",
     "--sweep friction 1 1": "LOW < HIGH",
-    "--sweep xy -0.1 0.1": "--sweep xy",
+    "--sweep xy -0.1 0.1": "--sweep",
     "--sweep mass 0 1": "--sweep mass",
-    "--sweep noise 0 inf": "--sweep noise",
-    "--sweep yaw 0 nan": "--sweep yaw",
+    "--sweep noise 0 inf": "--sweep",
+    "--sweep yaw 0 nan": "--sweep",
     "--sweep delay 0.2 1.8": "whole numbers",
     "--sweep delay 0 1000000000": "400",
     "--sweep mass 1 2 --sweep-points 1": "sweep-points",

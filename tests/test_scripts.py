@@ -520,7 +520,7 @@ BAD_INPUT = {
     "--eval-episodes 0": "eval-episodes",
     "--learning-rate 0": "learning-rate",
     "--learning-rate nan": "learning-rate",
-    "--num-envs 0": "num_envs",
+    "--num-envs 0": "num-envs",
 }
 
 
