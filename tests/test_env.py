@@ -15,6 +15,7 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from numpy.testing import assert_allclose, assert_array_equal
 
+from base_policies import ArmKinematics, JacobianIKPolicy, joint_targets
 from env_paper_square import (
     FINGERTIPS,
     JOINTS,
@@ -232,29 +233,155 @@ def test_diverging_physics_end_the_episode_and_disturb_nobody_else(force, autore
             assert not truncations.any() and not infos["physics_reset"].any()
 
 
-def test_extreme_actions_from_extreme_starts_break_no_physics():
-    """Three times the randomisation; contacts and energies of 16 of the 256 environments at every tenth step."""
+class Watch:
+    """Extremes over every step of the physics of a batch, twelve to a policy step.
+
+    `depth` and `last` (pairs, num_envs), m, how deep the geoms of each contact pair were in one another, at any step of
+    the physics and at the last of a policy step: from where the geoms are, as MuJoCo's batch shows no contacts. `deep`
+    (num_envs,), policy steps that end deeper than 5 mm. `kinetic`, J; `speed`, of a joint, rad/s, of the sheet, m/s and
+    rad/s; `beyond`, rad, of a joint beyond its range.
+    """
+
+    def __init__(self, envs):
+        self.envs, self.model, self.step = envs, envs.model, envs.batch.step
+        envs.batch.expand("opt.enableflags")[:] |= mujoco.mjtEnableBit.mjENBL_ENERGY.value
+        self.pos, self.mat, self.energy = (envs.batch.bind(name) for name in ("geom_xpos", "geom_xmat", "energy"))
+        pairs = zip(self.model.pair_geom1.tolist(), self.model.pair_geom2.tolist(), strict=True)
+        self.pairs = {self.model.pair(k).name: geoms for k, geoms in enumerate(pairs)}
+        self.depth, self.last = np.zeros((2, len(self.pairs), envs.num_envs))
+        self.deep = np.zeros(envs.num_envs, dtype=int)
+        self.kinetic, self.beyond, self.speed = 0.0, 0.0, np.zeros(3)
+        envs.batch.step = self.step_by_step
+
+    def step_by_step(self, ids, nstep, stage):
+        for _ in range(nstep):  # each to the stage that the next one goes on from: the numbers stay the same
+            self.step(ids, 1, mujoco.mjtStage.mjSTAGE_VEL.value)
+            depths = np.stack([self.depths(name, ids) for name in self.pairs])
+            self.depth[:, ids] = np.maximum(self.depth[:, ids], depths)
+            qpos, qvel = self.envs._qpos[ids, :6], np.abs(self.envs._qvel[ids])
+            low, high = self.model.jnt_range[:6].T
+            sheet = np.linalg.norm(qvel[:, 6:].reshape(-1, 2, 3), axis=2).max(axis=0)
+            self.speed = np.maximum(self.speed, [qvel[:, :6].max(), *sheet])
+            self.kinetic = max(self.kinetic, self.energy[ids, 1].max())
+            self.beyond = max(self.beyond, (low - qpos).max(), (qpos - high).max())
+        if stage == mujoco.mjtStage.mjSTAGE_VEL.value:
+            self.last[:, ids] = np.maximum(self.last[:, ids], depths)
+            self.deep[ids] += depths.max(axis=0) > 0.005
+
+    def depths(self, name, ids):
+        """How deep the geoms of a pair are in one another, (ids,), m; negative: how far apart."""
+        first, second = self.pairs[name]
+        kind, size, rotation = mujoco.mjtGeom, self.model.geom_size[second], self.mat[ids, second].reshape(-1, 3, 3)
+        if self.model.geom_type[first] == kind.mjGEOM_PLANE:  # z = 0
+            rise = np.abs(rotation[:, 2])  # of the geom's axes
+            below = {
+                kind.mjGEOM_SPHERE: size[0],
+                kind.mjGEOM_CAPSULE: size[0] + size[1] * rise[:, 2],
+                kind.mjGEOM_BOX: rise @ size,
+            }
+            return below[mujoco.mjtGeom(self.model.geom_type[second])] - self.pos[ids, second, 2]
+        # A sphere and the sheet, a box: by where the sphere's centre is in the frame of the box
+        centre = ((self.pos[ids, first] - self.pos[ids, second])[:, None] @ rotation)[:, 0]
+        gap = np.abs(centre) - size
+        away = np.linalg.norm(np.maximum(gap, 0.0), axis=1)
+        return self.model.geom_size[first, 0] - np.where(away > 0, away, gap.max(axis=1))
+
+
+EXTREMES = (
+    "uniform",
+    "random bounds",
+    "held bounds",
+    "bang-bang",
+    "ends of the joints",
+    "into the table",
+    "onto the sheet",
+)
+
+
+def play_extremes(num_envs, num_steps, seed):
+    """Environment i gets actions of the kind i % 7 of `EXTREMES`, from starts of three times the randomisation.
+
+    Returns the `Watch` and the physics resets. Every observation, reward and state is held to be finite, and every
+    hundredth step some of the depths to be MuJoCo's own.
+    """
     scales = {name: getattr(EnvArgs, f"randomize_{name}") for name in ("xy", "yaw", "friction", "mass")}
-    envs = PaperSquareVectorEnv(256, **{f"randomize_{name}": 3 * scale for name, scale in scales.items()})
-    envs.reset(seed=0, options={"episode_steps": np.arange(256)})
-    rng, kind = np.random.default_rng(0), np.arange(256) % 4
-    resets, deepest, energy = 0, 0.0, 0.0  # m, J
-    for step in range(400):
+    envs = PaperSquareVectorEnv(num_envs, **{f"randomize_{name}": 3 * scale for name, scale in scales.items()})
+    obs, _ = envs.reset(seed=seed * num_envs, options={"episode_steps": np.arange(num_envs) % 400})
+    watch, base, kinematics = Watch(envs), JacobianIKPolicy(), ArmKinematics()
+    rng, kind, resets = np.random.default_rng(seed), np.arange(num_envs)[:, None] % 7, 0
+    for step in range(num_steps):
         if step % 25 == 0:
-            held = rng.choice([-1.0, 0.0, 1.0], (256, 6))
-        uniform = rng.uniform(-1.0, 1.0, (256, 6))
-        # anything; a bound each step; a bound for almost a second; the same, from one bound to the other
-        actions = np.choose(kind[:, None], [uniform, np.sign(uniform), held, held * (-1) ** (step // 5)])
-        obs, rewards, _, _, infos = envs.step(1e6 * actions if step % 2 else actions)
+            held, half_period = rng.choice([-1.0, 0.0, 1.0], (num_envs, 6)), rng.integers(1, 16, (num_envs, 1))
+        if step % 200 == 0:
+            corner = rng.choice([-1.0, 1.0], (num_envs, 6))
+        uniform = rng.uniform(-1.0, 1.0, (num_envs, 6))
+        down = held.copy()
+        down[:, 1:4] = -np.sign(kinematics(joint_targets(to_si(obs)))[1][:, 2, 1:4])
+        pressed = envs.fingertip_force.max(axis=1, keepdims=True) > 0.1  # N
+        actions = np.choose(
+            kind,
+            [
+                uniform,
+                np.sign(uniform),  # a bound each step
+                held,  # for almost a second
+                held * (-1) ** (step // half_period),  # from bound to bound, all joints in phase
+                corner,  # to the ends of the joints' ranges, where they stay until the next
+                down,  # the fingers into the table
+                np.where(pressed, down, base(obs)),  # and into the sheet
+            ],
+        )
+        obs, rewards, terminations, truncations, infos = envs.step(1e6 * actions if step % 2 else actions)
+        done = terminations | truncations
         assert np.isfinite(obs).all() and np.isfinite(rewards).all() and np.isfinite(envs.batch.state).all()
-        resets += infos["physics_reset"].sum() + infos.get("final_info", infos)["physics_reset"].sum()
-        if step % 10 == 0:
-            for i in rng.choice(256, 16, replace=False):
-                data = envs.batch.get_data(int(i))
-                deepest = max(deepest, -data.contact.dist.min(initial=0.0))
-                mujoco.mj_energyVel(envs.batch.get_model(int(i)), data)
-                energy = max(energy, data.energy[1])
-    assert resets == 0 and deepest < 0.005 and energy < 5.0
+        if done.any():
+            assert np.isfinite(np.stack(infos["final_obs"][done])).all()
+            resets += infos["final_info"]["physics_reset"].sum()
+            base.reset(done)
+        if step % 100 == 0:
+            check_depths(watch, rng.choice(np.flatnonzero(~done), 16, replace=False))
+    envs.close()
+    return watch, resets
+
+
+def check_depths(watch, ids):
+    for i in ids:
+        contacts = watch.envs.batch.get_data(int(i)).contact
+        for name, (first, second) in watch.pairs.items():
+            distances = contacts.dist[(contacts.geom == [first, second]).all(axis=1)]
+            assert_allclose(max(watch.depths(name, [i])[0], 0.0), -distances.min(initial=0.0), atol=1e-9, err_msg=name)
+
+
+def test_extreme_actions_from_extreme_starts_break_no_physics():
+    watch, resets = play_extremes(126, 150, seed=0)
+    by_kind = watch.depth.max(axis=0).reshape(-1, len(EXTREMES)).max(axis=0)
+    assert resets == 0 and watch.kinetic < 5.0
+    assert by_kind[:3].max() < 0.005  # random actions; the others press with all that the servos have
+    assert by_kind.max() < 0.02
+
+
+@pytest.mark.campaign
+def test_ten_million_extreme_steps_break_no_physics():
+    """python -m pytest -m campaign tests/test_env.py -s"""
+    num_envs, num_steps, resets, worst = 252, 4000, 0, {}
+    deep = np.zeros(len(EXTREMES), dtype=int)
+    for seed in range(1, 11):
+        watch, found = play_extremes(num_envs, num_steps, seed)
+        resets, deep = resets + found, deep + watch.deep.reshape(-1, len(EXTREMES)).sum(axis=0)
+        extremes = dict(zip(("joint, rad/s", "sheet, m/s", "sheet, rad/s"), watch.speed, strict=True))
+        extremes |= {"kinetic energy, J": watch.kinetic, "joint beyond its range, rad": watch.beyond}
+        for which, depths in (("", watch.depth), (" at the end of a policy step", watch.last)):
+            extremes |= {
+                f"{name}{which}, mm": 1e3 * depth for name, depth in zip(watch.pairs, depths.max(1), strict=True)
+            }
+            by_kind = depths.max(0).reshape(-1, len(EXTREMES)).max(0)
+            extremes |= {f"{name}{which}, mm": 1e3 * depth for name, depth in zip(EXTREMES, by_kind, strict=True)}
+        worst = {name: max(value, worst.get(name, 0.0)) for name, value in extremes.items()}
+        print(
+            f"\n{seed * num_envs * num_steps:,} steps, {resets} physics resets; policy steps that end deeper than 5 mm:"
+        )
+        print(dict(zip(EXTREMES, deep.tolist(), strict=True)))
+        print("\n".join(f"{value:10.2f} {name}" for name, value in worst.items()), flush=True)
+    assert resets == 0 and worst["kinetic energy, J"] < 5.0
 
 
 def test_tape_half_size_changes_with_the_next_episode():
