@@ -42,8 +42,9 @@ def write_whole(path: Path, save: Callable[[Path], object]) -> None:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)  # a full disk has room again
+        error.filename = error.filename or str(path)
         raise
 
 

@@ -10,6 +10,7 @@ import re
 import reprlib
 import sys
 import tempfile
+import threading
 import types
 import unicodedata
 from collections.abc import Sequence
@@ -246,8 +247,23 @@ def unknown(word: str, kind: Any, line: Sequence[str]) -> str:
     return f"unknown flag {SHORT.repr(flag)}{hint}; --help lists the flags"
 
 
+def refuse_by_the_disk(kind: type[BaseException], error: BaseException, traceback: types.TracebackType | None) -> None:
+    """A hook for what nobody caught: a full disk, or a folder that went away, is one line and no fault of the program."""
+    if not issubclass(kind, OSError):
+        sys.__excepthook__(kind, error, traceback)
+    else:
+        print(file=sys.stderr)  # below a progress bar
+        fail(f"{error}; what was written before is whole")
+
+
 def parse(kind: type[Args]) -> Args:
-    """The flags of the command line as a `kind`, checked; ends the program, in one line, if they do not fit."""
+    """The flags of the command line as a `kind`, checked; ends the program, in one line, if they do not fit.
+
+    From here on an OSError that nobody catches ends it in one line as well.
+    """
+    sys.excepthook = refuse_by_the_disk
+    # In TensorBoard's writer it comes up again when it is next called
+    threading.excepthook = lambda args: issubclass(args.exc_type, OSError) or threading.__excepthook__(args)
     types_of, line = {field.name: field.type for field in fields(kind)}, sys.argv[1:]
 
     def refuse(event: _errors.ParseErrorEvent) -> None:

@@ -444,7 +444,7 @@ if __name__ == "__main__":
             "base": [base_policy.state_dict(), base_action],
             "next_obs": next_obs,
             "episodes": [episode_returns, episode_lengths, physics_resets],
-            "last_episodes": last_episodes,
+            "last_episodes": dict(last_episodes),
             "log": [last_log, step_sums, losses],
         }
         return {
