@@ -24,7 +24,7 @@ from gymnasium.vector import AutoresetMode
 from tqdm import tqdm
 
 from base_policies import BaseArgs, BaseFlags, base_kwargs, make_base_policy
-from checkpoints import load_checkpoint, save_checkpoint, write_json
+from checkpoints import load_checkpoint, save_checkpoint, write_json, write_whole
 from env_paper_square import OBS, OBS_SCALE, SHEET_HALF_SIZE, EnvArgs, PaperSquareVectorEnv, to_si
 from flags import check_folder, fail, find_device, parse
 
@@ -466,6 +466,12 @@ def pyplot():
     return importlib.import_module("matplotlib.pyplot")
 
 
+def save_figure(figure, path: Path, dpi: int) -> None:
+    """Write a figure as PNG, and close it."""
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=dpi, format="png"))
+    pyplot().close(figure)
+
+
 def plot_sweep(sweep: dict, path: Path) -> None:
     """Success over the values of a sweep, with the 95 % intervals as bands."""
     plt = pyplot()
@@ -480,8 +486,7 @@ def plot_sweep(sweep: dict, path: Path) -> None:
     axis.set(xlabel=label, ylabel="success, % (band: 95 % interval)", ylim=(-3, 103))
     axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path, dpi=110)
 
 
 def plot_results(results: dict[str, dict], path: Path, tape_half_size: float = EnvArgs.tape_half_size) -> None:
@@ -521,8 +526,7 @@ def plot_results(results: dict[str, dict], path: Path, tape_half_size: float = E
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     figure.legend(*bars.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(figure, path, dpi=100)
 
 
 def choose_films(episodes: list[dict], count: int) -> dict[int, str]:
@@ -559,6 +563,20 @@ def run_episode(policy, envs: PaperSquareVectorEnv, seed: int) -> Iterator[tuple
         yield step, outcome
 
 
+def encode_mp4(frames: Sequence[np.ndarray], **options) -> bytes:
+    """Frames (height, width, 3) uint8 as an MP4; options are imageio's. Raises OSError if it is not whole."""
+    import imageio
+
+    film = imageio.mimwrite("<bytes>", frames, "mp4", **options)
+    kinds, end = set(), 0  # of its boxes, each of which begins with its size; a full disk is nothing to imageio
+    while end < len(film) and (size := int.from_bytes(film[end : end + 4], "big")) >= 8:
+        kinds.add(film[end + 4 : end + 8])
+        end += size
+    if end != len(film) or b"moov" not in kinds:
+        raise OSError("ffmpeg did not write the whole film: is there room in the folder for temporary files?")
+    return film
+
+
 def film_episode(
     policies: dict, env_kwargs: dict, seed: int, path: Path, camera: str = "side", height: int = 480, stride: int = 2
 ) -> None:
@@ -566,7 +584,6 @@ def film_episode(
 
     A bar at the lower edge is the norm of the residual action, in a frame of its largest length.
     """
-    import imageio
     from PIL import Image, ImageDraw
 
     view = {"render_mode": "rgb_array", "camera": camera, "height": height, "width": 4 * height // 3}
@@ -599,18 +616,24 @@ def film_episode(
     pictures = [np.concatenate(frames, axis=1) for frames in zip(*films, strict=True)]
     if path.suffix == ".webp":
         first, *others = [Image.fromarray(picture) for picture in pictures]
-        first.save(path, save_all=True, append_images=others, duration=1000 * stride // POLICY_HZ, loop=0, quality=60)
+        options = {"append_images": others, "duration": 1000 * stride // POLICY_HZ, "loop": 0, "quality": 60}
+        write_whole(path, lambda temporary: first.save(temporary, "WEBP", save_all=True, **options))
     else:
-        imageio.mimwrite(path, pictures, fps=POLICY_HZ // stride, macro_block_size=8)
+        film = encode_mp4(pictures, fps=POLICY_HZ // stride, macro_block_size=8)
+        write_whole(path, lambda temporary: temporary.write_bytes(film))
 
 
 def watch(policies: dict, env_kwargs: dict, seeds: Sequence[int]) -> None:
-    """Play the episodes in MuJoCo's viewer, one policy after the other."""
+    """Play the episodes in MuJoCo's viewer, one policy after the other, until its window is closed."""
     for name, policy in policies.items():
         envs = PaperSquareVectorEnv(1, autoreset_mode=AutoresetMode.DISABLED, render_mode="human", **env_kwargs[name])
         for seed in seeds:
-            *_, (_, outcome) = run_episode(policy, envs, seed)
-            print(f"{name}, episode {seed}: {outcome}")
+            for _, outcome in run_episode(policy, envs, seed):
+                if outcome:
+                    print(f"{name}, episode {seed}: {outcome}")
+                if envs.viewer_closed:
+                    envs.close()
+                    return
         envs.close()
 
 
@@ -641,22 +664,25 @@ if __name__ == "__main__":
     for name, policy in policies.items():
         results[name] = summarize(play_episodes(policy, seeds, env_kwargs[name], args.num_envs, progress=name))
     print(format_table(results))
-    everything = {"policies": results, "args": asdict(args)}
-    if args.sweep:
-        everything["sweep"] = run_sweep(policies, env_kwargs, seeds, args.num_envs, args.sweep[0], values)
-        print(f"\nsuccess by {args.sweep[0]}:\n{format_sweep(everything['sweep'])}")
-        plot_sweep(everything["sweep"], output_dir / f"sweep_{args.sweep[0]}.png")
-        print(f"wrote {output_dir / f'sweep_{args.sweep[0]}.png'}")
-    write_json(output_dir / "results.json", everything)
-    print(f"wrote {output_dir / 'results.json'}")
-    if args.plot:
-        tape_half_size = next(iter(env_kwargs.values())).get("tape_half_size", EnvArgs.tape_half_size)
-        plot_results(results, output_dir / "results.png", tape_half_size)
-        print(f"wrote {output_dir / 'results.png'}")
-    if args.save_video:
-        first = next((name for name in policies if not name.startswith("base ")), next(iter(policies)))
-        chosen = choose_films(results[first]["episodes"], args.video_episodes)
-        for seed, kind in tqdm(chosen.items(), desc="filming", unit="ep", leave=False):
-            path = output_dir / f"{kind}_{seed}.{args.video_format}"
-            film_episode(policies, env_kwargs, seed, path, args.camera, args.video_height, args.video_stride)
-            tqdm.write(f"wrote {path}")
+    try:
+        everything = {"policies": results, "args": asdict(args)}
+        if args.sweep:
+            everything["sweep"] = run_sweep(policies, env_kwargs, seeds, args.num_envs, args.sweep[0], values)
+            print(f"\nsuccess by {args.sweep[0]}:\n{format_sweep(everything['sweep'])}")
+            plot_sweep(everything["sweep"], output_dir / f"sweep_{args.sweep[0]}.png")
+            print(f"wrote {output_dir / f'sweep_{args.sweep[0]}.png'}")
+        write_json(output_dir / "results.json", everything)
+        print(f"wrote {output_dir / 'results.json'}")
+        if args.plot:
+            tape_half_size = next(iter(env_kwargs.values())).get("tape_half_size", EnvArgs.tape_half_size)
+            plot_results(results, output_dir / "results.png", tape_half_size)
+            print(f"wrote {output_dir / 'results.png'}")
+        if args.save_video:
+            first = next((name for name in policies if not name.startswith("base ")), next(iter(policies)))
+            chosen = choose_films(results[first]["episodes"], args.video_episodes)
+            for seed, kind in tqdm(chosen.items(), desc="filming", unit="ep", leave=False):
+                path = output_dir / f"{kind}_{seed}.{args.video_format}"
+                film_episode(policies, env_kwargs, seed, path, args.camera, args.video_height, args.video_stride)
+                tqdm.write(f"wrote {path}")
+    except OSError as error:
+        fail(f"cannot write to {output_dir}: {error}")

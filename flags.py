@@ -248,7 +248,7 @@ def unknown(word: str, kind: Any, line: Sequence[str]) -> str:
 
 
 def refuse_by_the_disk(kind: type[BaseException], error: BaseException, traceback: types.TracebackType | None) -> None:
-    """A hook for what nobody caught: a full disk, or a folder that went away, is one line and no fault of the program."""
+    """A hook for what nobody caught: a full disk, or a folder that went away, is one line, no fault of the program."""
     if not issubclass(kind, OSError):
         sys.__excepthook__(kind, error, traceback)
     else:

@@ -5,7 +5,7 @@ the folder holds the episodes that info.json counts. `load_demos` reads such a f
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from base_policies import ENV_STATE
+from checkpoints import write_json, write_whole
 from env_paper_square import JOINTS, OBS
-from eval import POLICY_HZ
+from eval import POLICY_HZ, encode_mp4
 from flags import check_folder
 
 TASK = "Slide the sheet of paper into the tape square."
@@ -80,10 +81,15 @@ def read_info(root: Path) -> dict:
     return info
 
 
+def read_table(path: Path, columns: Sequence[str]) -> pa.Table:
+    """Columns of a Parquet file without its metadata; what this project wrote has checksums, and they are looked at."""
+    return pq.read_table(path, columns=columns, page_checksum_verification=True).replace_schema_metadata()
+
+
 def read_episodes(root: Path, total: int, columns: Sequence[str]) -> pa.Table:
     """Columns of the first `total` episodes of meta/episodes, in order; raises ValueError if there are fewer."""
     paths = sorted((root / "meta" / "episodes").glob("chunk-*/file-*.parquet"))
-    tables = [pq.read_table(path, columns=["episode_index", *columns]).replace_schema_metadata() for path in paths]
+    tables = [read_table(path, ["episode_index", *columns]) for path in paths]
     episodes = pa.concat_tables(tables).sort_by("episode_index")[:total] if tables else {"episode_index": pa.array([])}
     if episodes["episode_index"].to_pylist() != list(range(total)):
         raise ValueError(f"its meta/episodes does not hold the {total} episodes asked for")
@@ -97,12 +103,15 @@ def read_frames(root: Path, info: dict, sizes: dict[str, int], num_episodes: int
             raise ValueError(f"it lacks the feature {key}")
         if list(info["features"][key]["shape"]) != [size]:
             raise ValueError(f"its {key} has the shape {info['features'][key]['shape']}, not [{size}]")
-    episodes = read_episodes(root, num_episodes, ("length", "data/chunk_index", "data/file_index"))
+    episodes = read_episodes(root, info["total_episodes"], ("length", "data/chunk_index", "data/file_index"))
+    if pc.sum(episodes["length"]).as_py() != info["total_frames"]:
+        raise ValueError(f"its meta/episodes does not hold the {info['total_frames']} frames of meta/info.json")
+    episodes = episodes[:num_episodes]
     lengths = episodes["length"].to_numpy()
     files = zip(episodes["data/chunk_index"].to_pylist(), episodes["data/file_index"].to_pylist(), strict=True)
     names = [info["data_path"].format(chunk_index=chunk, file_index=file) for chunk, file in dict.fromkeys(files)]
     columns = list(dict.fromkeys(["episode_index", "frame_index", *sizes]))
-    table = pa.concat_tables(pq.read_table(root / name, columns=columns).replace_schema_metadata() for name in names)
+    table = pa.concat_tables(read_table(root / name, columns) for name in names)
     table = table.filter(pc.less(table["episode_index"], num_episodes))
     begins = np.repeat(np.cumsum(lengths) - lengths, lengths)
     if not (
@@ -163,27 +172,15 @@ def merge(statistics: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return merged | bounds | {"std": np.sqrt(variance), "count": parts["count"].sum(0)}
 
 
-def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save(temporary)
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: dict) -> None:
-    write(path, lambda temporary: temporary.write_text(json.dumps(value, indent=4) + "\n"))
-
-
 def write_parquet(path: Path, tables: Sequence[pa.Table]) -> None:
-    """Write each table as a row group."""
+    """Write each table as a row group, each page with its checksum."""
 
     def save(temporary: Path) -> None:
-        with pq.ParquetWriter(temporary, tables[0].schema) as writer:
+        with pq.ParquetWriter(temporary, tables[0].schema, write_page_checksum=True) as writer:
             for table in tables:
                 writer.write_table(table)
 
-    write(path, save)
+    write_whole(path, save)
 
 
 class Dataset:
@@ -266,7 +263,7 @@ class Dataset:
         if not self.pending:
             return
         if not self.info_path.exists():
-            write_json(self.info_path, self.info)  # of no episodes yet: whatever follows belongs to a dataset
+            write_json(self.info_path, self.info, indent=4)  # of no episodes yet: whatever follows belongs to a dataset
         pending, self.pending = self.pending, []
         tables, rows = zip(*(self.lay_out(episode) for episode in pending), strict=True)
         chunk, file = divmod(self.num_files, PER_FOLDER)
@@ -278,8 +275,8 @@ class Dataset:
         write_parquet(self.root / "meta" / "tasks.parquet", [tasks_table()])
         self.statistics = {key: [merge(statistics)] for key, statistics in self.statistics.items()}
         merged = {key: self.to_lists(key, statistics) for key, (statistics,) in self.statistics.items()}
-        write_json(self.root / "meta" / "stats.json", merged)
-        write_json(self.info_path, self.info)
+        write_json(self.root / "meta" / "stats.json", merged, indent=4)
+        write_json(self.info_path, self.info, indent=4)
         self.num_files += 1
 
     def lay_out(self, episode: dict) -> tuple[pa.Table, dict]:
@@ -310,7 +307,7 @@ class Dataset:
             if key in self.cameras:
                 film, values = episode[key]
                 path = self.info["video_path"].format(video_key=key, chunk_index=chunk, file_index=file)
-                write(self.root / path, partial(Path.write_bytes, data=film))
+                write_whole(self.root / path, partial(Path.write_bytes, data=film))
                 row |= {f"videos/{key}/chunk_index": chunk, f"videos/{key}/file_index": file}
                 row |= {f"videos/{key}/from_timestamp": 0.0, f"videos/{key}/to_timestamp": length / POLICY_HZ}
             else:
@@ -345,10 +342,7 @@ def tasks_table() -> pa.Table:
 
 def encode(frames: list[np.ndarray]) -> tuple[bytes, dict[str, np.ndarray]]:
     """Frames (height, width, 3) uint8 as an MP4, and the statistics of every tenth, values in [0, 1]."""
-    import imageio
-
     # A key frame every other frame, as LeRobot has them: it reads single frames; one thread: the same bytes everywhere
-    options = {"codec": "libx264", "output_params": ["-g", "2", "-threads", "1"]}
-    film = imageio.mimwrite("<bytes>", frames, format="mp4", fps=POLICY_HZ, **options)
+    film = encode_mp4(frames, fps=POLICY_HZ, codec="libx264", output_params=["-g", "2", "-threads", "1"])
     some = np.stack(frames[::10])
     return film, describe(some.reshape(-1, 3) / 255) | {"count": np.array([len(some)])}

@@ -311,6 +311,7 @@ if __name__ == "__main__":
         finally:
             dataset.flush()
     except OSError as error:
+        bar.close()  # the error is the last line
         fail(f"cannot write on: {error}; {args.output_dir} holds the episodes that were written before")
     except ValueError as error:
         trouble = str(error)

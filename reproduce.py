@@ -12,6 +12,7 @@ suites. Runs that are whole in there are not repeated: to measure all of it anew
 """
 
 import csv
+import io
 import json
 import os
 import platform
@@ -24,6 +25,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -31,8 +33,8 @@ from typing import Literal
 import numpy as np
 from scipy.stats import binomtest, bootstrap, mannwhitneyu, trim_mean
 
-from checkpoints import IL_SCRIPTS
-from eval import pyplot
+from checkpoints import IL_SCRIPTS, write_whole
+from eval import pyplot, save_figure
 from flags import check_folder, did_you_mean, fail, parse
 
 ROOT = Path(__file__).resolve().parent
@@ -293,12 +295,11 @@ def write_rows(suite: str, runs: list[dict], curves: list[dict], folder: Path) -
     """Write both files, each whole or not at all; the runs last, so that none of them lacks its curve."""
     order = list(SUITES[suite].methods)
     for kind, columns, rows in (("curves", CURVE_COLUMNS, curves), ("runs", RUN_COLUMNS, runs)):
-        path = folder / f"{suite}_{kind}.csv"
-        with path.with_suffix(".tmp").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(sorted(rows, key=lambda row: (order.index(row["method"]), int(row["seed"]))))
-        path.with_suffix(".tmp").replace(path)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=lambda row: (order.index(row["method"]), int(row["seed"]))))
+        write_whole(folder / f"{suite}_{kind}.csv", partial(Path.write_bytes, data=text.getvalue().encode()))
 
 
 # Statistics
@@ -436,8 +437,7 @@ def plot_curves(runs: list[dict], curves: list[dict], path: Path) -> None:
     axis.set(xlabel="environment steps", ylabel="success on validation episodes", xlim=(0, None), ylim=(-0.02, 1.02))
     axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(figure, path, dpi=100)
 
 
 def plot_success(runs: list[dict], path: Path) -> None:
@@ -456,8 +456,7 @@ def plot_success(runs: list[dict], path: Path) -> None:
     axis.set_xlabel("success on test episodes: runs, interquartile mean with 95 % interval")
     axis.invert_yaxis()
     axis.grid(alpha=0.3, axis="x")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(figure, path, dpi=100)
 
 
 def available_cores() -> int:
@@ -565,7 +564,7 @@ def main(args: Args) -> int:
     runs, curves = read_rows(args.suite, folder)  # in their order
     if runs:
         print(format_suite(args.suite, runs, curves))
-        (folder / "table.md").write_text(format_everything(folder))
+        write_whole(folder / "table.md", partial(Path.write_bytes, data=format_everything(folder).encode()))
         plot_curves(runs, curves, folder / f"{args.suite}_curves.png")
         plot_success(runs, folder / f"{args.suite}_success.png")
     return failures
@@ -583,3 +582,5 @@ if __name__ == "__main__":
         sys.exit(1 if main(args) else 0)
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")
+    except (OSError, subprocess.CalledProcessError) as error:  # a full disk, a recording of demonstrations that failed
+        fail(f"{error}; what {args.output_dir} held is intact, and the same command goes on from here")

@@ -245,7 +245,7 @@ def test_load_demos_reads_other_layouts(dataset, episodes):
     for path in paths[1:]:
         path.unlink()
     pq.write_table(rows, paths[0])
-    edit_info(dataset, total_episodes=5)
+    edit_info(dataset, total_episodes=5, total_frames=sum(len(e["action"]) for e in episodes[:5]))
     assert_array_equal(load_demos(dataset)["action"], np.concatenate([e["action"] for e in episodes[:5]]))
 
 
@@ -311,6 +311,51 @@ def test_damage_is_an_error_in_one_line(dataset, kind):
     with pytest.raises(ValueError) as caught:
         load_demos(dataset)
     assert str(dataset) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def damage_at_random(dataset, times):
+    """Flip a bit of a file, or cut it short, and read; returns how often it was an error by file, and how often not.
+
+    Whatever is no error must not have changed what is read: the bit was not of the data.
+    """
+    whole, rng, outcomes = load_demos(dataset), np.random.default_rng(0), Counter()
+    for path in sorted(path for path in dataset.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        for k in range(times):
+            damaged, place = bytearray(content), rng.integers(len(content))
+            if k % 5:
+                damaged[place] ^= 1 << rng.integers(8)
+            else:
+                del damaged[place:]
+            path.write_bytes(damaged)
+            try:
+                demos = load_demos(dataset)
+            except ValueError as error:
+                assert "\n" not in str(error) and str(dataset) in str(error)
+                outcomes[path.relative_to(dataset).parts[0], "error"] += 1
+            else:
+                outcomes[path.relative_to(dataset).parts[0], "the same"] += 1
+                for key, values in whole.items():
+                    assert_array_equal(
+                        demos[key], values, err_msg=f"{path.name}, {'bit' if k % 5 else 'cut'} at {place}"
+                    )
+            try:
+                Dataset(dataset, make_features(), append=True)
+            except ValueError as error:
+                assert "\n" not in str(error)
+        path.write_bytes(content)
+    return outcomes
+
+
+def test_flipped_bits_and_cut_files_are_noticed_or_change_nothing(dataset):
+    outcomes = damage_at_random(dataset, 10)
+    assert outcomes["data", "error"] > outcomes["data", "the same"]
+
+
+@pytest.mark.campaign
+def test_many_flipped_bits_and_cut_files(dataset):
+    """python -m pytest -m campaign tests/test_demos.py -s"""
+    print(damage_at_random(dataset, 1500))
 
 
 def test_too_few_episodes(written):
@@ -546,7 +591,7 @@ def test_a_recording_killed_at_any_write_can_be_read_and_continued(tmp_path, mon
     monkeypatch.setattr(Path, "replace", replace)
 
 
-def start(folder, flags):
+def start(folder, flags, wait=True):
     command = [sys.executable, str(ROOT / "record_demos.py"), "--num-threads", "1"]
     process = subprocess.Popen(
         [*command, "--output-dir", str(folder), *shlex.split(flags)],
@@ -556,7 +601,7 @@ def start(folder, flags):
         text=True,
     )
     until = time.monotonic() + 60
-    while not folder.exists() and time.monotonic() < until:
+    while wait and not folder.exists() and time.monotonic() < until:
         time.sleep(0.005)
     return process
 
@@ -573,6 +618,63 @@ def test_kill_9_leaves_a_dataset_that_append_continues(tmp_path, monkeypatch):
         assert load_demos(tmp_path / "demos")["episode"][-1] == total - 1
     assert run_cli("--append --num-episodes 2", monkeypatch, tmp_path) == 0
     assert load_demos(tmp_path / "demos")["episode"][-1] == total + 1
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize(("flags", "kills", "wanted"), [("", 40, 1500), ("--videos --video-height 48", 40, 200)])
+def test_many_kills_and_appends_end_in_the_dataset_of_one_recording(tmp_path, flags, kills, wanted):
+    """python -m pytest -m campaign tests/test_demos.py -s
+
+    Half the kills come at any time from the program's start on, half at a moment at which files are being written.
+    """
+    rng, root, counts, killed = np.random.default_rng(0), tmp_path / "demos", [0], 0
+    states = np.zeros((0, 6), dtype=np.float32)
+    while counts[-1] < wanted:
+        enough = killed >= kills
+        process = start(root, f"--append --num-episodes {wanted - counts[-1]} --policy jacobian {flags}", wait=False)
+        if not enough and killed % 2:
+            files = count_files(root)
+            while process.poll() is None and count_files(root) == files:
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0.0, 0.3))
+        elif not enough:
+            time.sleep(rng.uniform(0.0, 15.0))
+        if not enough:
+            killed += process.poll() is None
+            process.kill()
+        _, error = process.communicate(timeout=600)
+        assert process.returncode == (0 if enough else -signal.SIGKILL) or counts[-1] == wanted, error
+        info = root / "meta" / "info.json"
+        counts.append(json.loads(info.read_text())["total_episodes"] if info.exists() else 0)
+        assert counts[-1] >= counts[-2]
+        if counts[-1]:
+            demos = load_demos(root)
+            assert demos["episode"][-1] + 1 == counts[-1]
+            assert_array_equal(demos["state"][: len(states)], states)  # what was there
+            states = demos["state"]
+            if "--videos" in flags:
+                check_films(root, demos["episode"], range(counts[-2], counts[-1]))
+    assert killed >= kills
+    print(f"{killed} kills {flags}; episodes after each: {counts}")
+    reference = start(tmp_path / "whole", f"--num-episodes {wanted} --policy jacobian")
+    assert reference.communicate(timeout=600) and reference.returncode == 0
+    whole = load_demos(tmp_path / "whole")
+    for key, values in load_demos(root).items():
+        assert_array_equal(values, whole[key])
+    assert not list(root.rglob("*.tmp"))
+
+
+def count_files(root):
+    return sum(1 for _ in root.rglob("*"))
+
+
+def check_films(root, episode, numbers):
+    import imageio
+
+    for number in numbers:
+        for camera in lerobot_dataset.CAMERAS:
+            film = root / "videos" / f"observation.images.{camera}" / "chunk-000" / f"file-{number:03d}.mp4"
+            assert imageio.get_reader(film).count_frames() == np.sum(episode == number)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

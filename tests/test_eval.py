@@ -6,6 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import mujoco.viewer
 import numpy as np
 import pytest
 
@@ -420,3 +421,26 @@ def test_the_plot_needs_no_residual(tmp_path):
         rows[name] = evaluation.summarize(evaluation.play_episodes(policy, range(2), {}, 2))
     evaluation.plot_results(rows, tmp_path / "results.png", 0.076)
     assert 20_000 < (tmp_path / "results.png").stat().st_size < 300_000
+
+
+def test_closing_the_viewer_ends_the_watching(monkeypatch, capsys):
+    class Window:
+        frames = 0
+
+        def sync(self):
+            self.frames += 1
+
+        def is_running(self):
+            return self.frames < 3
+
+        def close(self):
+            pass
+
+    windows = []
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(
+        mujoco.viewer, "launch_passive", lambda *args, **kwargs: windows.append(Window()) or windows[-1]
+    )
+    policies = {"first": JacobianIKPolicy(), "second": JacobianIKPolicy()}
+    evaluation.watch(policies, dict.fromkeys(policies, {}), [1, 2])
+    assert [window.frames for window in windows] == [3] and capsys.readouterr().out == ""

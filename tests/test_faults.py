@@ -1,10 +1,13 @@
-"""Long runs: does a training's memory grow, or the time of its steps?
+"""Faults of the machine: a disk that is full, and trainings so long that memory or the time of a step could grow.
 
 python -m pytest -m campaign tests/test_faults.py -s    # an hour of ppo_residual.py, ten minutes of sac_residual.py
 """
 
+import json
 import os
+import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +17,10 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
+import eval as evaluation
+import reproduce
+from lerobot_dataset import load_demos
+
 ROOT = Path(__file__).resolve().parent.parent
 # Steps of a training that learns nothing, so that its episodes stay what they are, and a step's work with them
 ENDLESS = "--num-threads 1 --total-timesteps 1000000000 --learning-rate 1e-12 --eval-episodes 20"
@@ -21,6 +28,83 @@ LONG = {
     "ppo_residual.py": "--eval-freq 100000",
     "sac_residual.py": "--eval-freq 10000 --learning-starts 2000 --buffer-size 20000",  # full early
 }
+
+
+def run(flags, folder, largest=resource.RLIM_INFINITY, **environment):
+    """Run `python flags` in a folder; files of more than `largest` bytes do not fit on the disk."""
+    return subprocess.run(
+        [sys.executable, *shlex.split(flags)],
+        cwd=folder,
+        env={**os.environ, **environment},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest)),
+        capture_output=True,
+        text=True,
+    )
+
+
+def assert_fails_with_one_line(done, message):
+    last = done.stderr.splitlines()[-1].split("\r")[-1].strip()  # after the progress
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert last.startswith("error: ") and message in last
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "largest", "lost"),
+    [
+        ("", 1000, "results.json"),
+        ("--plot", 10_000, "results.png"),
+        ("--sweep mass 0.5 1 --sweep-points 2", 10_000, "sweep_mass.png"),
+    ],
+)
+def test_eval_on_a_full_disk_keeps_what_was_there(tmp_path, flags, largest, lost):
+    names = ("results.json", "results.png", "sweep_mass.png")
+    for name in names:
+        (tmp_path / name).write_text("before")
+    command = f"{ROOT}/eval.py --policy jacobian --n-episodes 2 --num-threads 1 --output-dir . {flags}"
+    done = run(command, tmp_path, largest)
+    assert_fails_with_one_line(done, "cannot write to .: ")
+    assert set(files_of(tmp_path)) == set(names) and (tmp_path / lost).read_text() == "before"
+    if lost == "results.png":
+        assert len(json.loads((tmp_path / "results.json").read_text())["policies"]) == 1
+
+
+@pytest.mark.parametrize("cut", [30, 5000, -1])
+def test_a_film_that_ffmpeg_cut_short_is_an_error(monkeypatch, cut):
+    """imageio says nothing if ffmpeg finds the disk full."""
+    imageio = pytest.importorskip("imageio")
+    frames = list(np.random.default_rng(0).integers(0, 255, (30, 48, 64, 3), dtype=np.uint8))
+    whole = evaluation.encode_mp4(frames, fps=30)
+    assert len(whole) > 10_000
+    monkeypatch.setattr(imageio, "mimwrite", lambda *args, **kwargs: whole[:cut])
+    with pytest.raises(OSError, match="whole film"):
+        evaluation.encode_mp4(frames, fps=30)
+
+
+def test_recording_on_a_full_disk_keeps_what_was_there(tmp_path):
+    command = f"{ROOT}/record_demos.py --policy jacobian --num-threads 1 --append --num-episodes 2"
+    assert run(command, tmp_path).returncode == 0
+    before = files_of(tmp_path)
+    done = run(command, tmp_path, 20_000)
+    assert_fails_with_one_line(done, "demos holds the episodes that were written before")
+    assert files_of(tmp_path) == before and load_demos(tmp_path / "demos")["episode"][-1] == 1
+
+
+def test_reproduce_on_a_full_disk_keeps_its_rows(tmp_path):
+    """A run that another suite has too is taken from there, so that its row is the first thing that is written."""
+    folder = tmp_path / "results"
+    shutil.copytree(ROOT / "results", folder, ignore=shutil.ignore_patterns("*.png", "*.md"))
+    rows = (folder / "precision_runs.csv").read_text().splitlines(keepends=True)
+    (folder / "precision_runs.csv").write_text("".join(row for row in rows if "clearance 6 mm, base" not in row))
+    before = files_of(folder)
+    done = run(f"{ROOT}/reproduce.py --suite precision --only 'base alone'", tmp_path, 100)
+    assert_fails_with_one_line(done, "what results held is intact, and the same command goes on from here")
+    assert files_of(folder) == before
+    runs, _ = reproduce.read_rows("precision", folder)
+    assert len(runs) == len(rows) - 2
 
 
 def watch(script, flags, folder, seconds, every):
