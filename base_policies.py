@@ -265,7 +265,7 @@ class FrozenILPolicy:
     def load_state_dict(self, state: dict) -> None:
         if state["fingerprint"] != fingerprint(self.state):
             raise ValueError("its imitation-learned base has changed since the run began")
-        self.chunks[:], self.pointer[:] = state["chunks"], state["pointer"]
+        self.chunks[:], self.pointer[:] = np.asarray(state["chunks"]), np.asarray(state["pointer"])
 
     def __call__(self, obs: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         ids = np.arange(len(obs)) if mask is None else np.flatnonzero(mask)

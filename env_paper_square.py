@@ -379,13 +379,13 @@ class PaperSquareVectorEnv(VectorEnv):
         Raises KeyError, TypeError or ValueError for anything else.
         """
         for name in self._STATE:
-            getattr(self, name)[:] = state[name]
+            getattr(self, name)[:] = np.asarray(state[name])
         self.tape_half_size = float(state["square"])
         for i, generator in enumerate(state["generators"]):
             self._rngs[i] = np.random.default_rng()
             self._rngs[i].bit_generator.state = generator
         self.batch.set_const()  # what MuJoCo derives from the masses
-        self.batch.state[:] = state["physics"]
+        self.batch.state[:] = np.asarray(state["physics"])
         self.batch.forward(None, mujoco.mjtStage.mjSTAGE_VEL.value)
 
     def render(self) -> tuple[np.ndarray, ...] | None:

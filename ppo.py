@@ -324,7 +324,8 @@ if __name__ == "__main__":
         own = {  # of this process
             "envs": envs.state_dict(),
             "next_obs": next_obs,
-            "episodes": [episode_returns, episode_lengths, physics_resets],
+            "episodes": [episode_returns, episode_lengths],
+            "physics_resets": physics_resets,
             "last_episodes": dict(last_episodes),
         }
         return {
@@ -350,7 +351,8 @@ if __name__ == "__main__":
             own = state["processes"][rank]
             envs.load_state_dict(own["envs"])
             next_obs[:] = own["next_obs"]
-            episode_returns[:], episode_lengths[:], physics_resets = own["episodes"]
+            episode_returns[:], episode_lengths[:] = map(np.asarray, own["episodes"])
+            physics_resets = own["physics_resets"]
             for key, last in own["last_episodes"].items():
                 last_episodes[key].extend(last)
     elif rank == 0:

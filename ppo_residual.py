@@ -380,7 +380,8 @@ if __name__ == "__main__":
             "envs": envs.state_dict(),
             "base": [base_policy.state_dict(), base_action],
             "next_obs": next_obs,
-            "episodes": [episode_returns, episode_lengths, physics_resets],
+            "episodes": [episode_returns, episode_lengths],
+            "physics_resets": physics_resets,
             "last_episodes": dict(last_episodes),
         }
         return {
@@ -406,9 +407,10 @@ if __name__ == "__main__":
             own = state["processes"][rank]
             envs.load_state_dict(own["envs"])
             base_policy.load_state_dict(own["base"][0])
-            base_action[:] = own["base"][1]
+            base_action[:] = np.asarray(own["base"][1])
             next_obs[:] = own["next_obs"]
-            episode_returns[:], episode_lengths[:], physics_resets = own["episodes"]
+            episode_returns[:], episode_lengths[:] = map(np.asarray, own["episodes"])
+            physics_resets = own["physics_resets"]
             for key, last in own["last_episodes"].items():
                 last_episodes[key].extend(last)
     elif rank == 0:
