@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import trange
 
 from base_policies import FrozenILPolicy
-from checkpoints import Stop, begin, fingerprint, fitting, make_run_dir, save_state
+from checkpoints import Stop, begin, fingerprint, fitting, make_run_dir, rebuild, restore, save_state
 from env_paper_square import OBS, EnvArgs, eval_kwargs
 from eval import check_rendering, report, validate
 from flags import check_flags, fail, find_device, parse
@@ -197,7 +197,8 @@ class Network(nn.Module):
 
         # Acting starts from the same noise always, from a generator of its own: so a frozen policy is a function of the
         # observation, whatever else is in the batch and whatever was drawn before
-        noise = torch.randn((1, args.chunk_size, 6), generator=torch.Generator().manual_seed(args.seed))
+        generator = torch.Generator().manual_seed(args.seed)
+        noise = torch.randn((1, args.chunk_size, 6), generator=generator, device="cpu")
         self.register_buffer("noise", noise)
         self.register_buffer("low", torch.full((6,), -1.0))  # to high: range of the demonstrations' normalised actions
         self.register_buffer("high", torch.full((6,), 1.0))
@@ -248,11 +249,9 @@ def make_network(checkpoint):
         args = Args(**checkpoint["args"])
         check_flags(args)
         check_args(args)
-        with torch.random.fork_rng(devices=[]):  # the training's own random numbers go on as if this were not
-            network = Network(args)
-        network.load_state_dict(checkpoint["model"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"checkpoint does not fit {Path(__file__).name}: {str(error).splitlines()[0]}") from error
+        network = rebuild(lambda: Network(args), checkpoint["model"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint does not fit {Path(__file__).name}: {error}") from error
     return network.eval()
 
 
@@ -371,19 +370,18 @@ if __name__ == "__main__":
             "rng": torch.get_rng_state(),
             **{name: part.state_dict() for name, part in parts.items()},
             "demos": fingerprint(demos),
-            "log": [losses, time.perf_counter() - update_start],
+            "log": [torch.tensor(losses), time.perf_counter() - update_start],
         }
 
     if state:
         with fitting(run_dir):
             if fingerprint(demos) != state["demos"]:
                 raise ValueError(f"the demonstrations in {args.dataset} are not those that it began with")
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
+            restore(parts, state, make_state())
             torch.set_rng_state(state["rng"])
             global_step, evaluations = state["global_step"], state["evaluations"]
             start_time -= state["seconds"]
-            losses, seconds = state["log"]
+            losses, seconds = state["log"][0].tolist(), state["log"][1]
             update_start -= seconds
     else:
         evaluate(0)

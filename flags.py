@@ -136,9 +136,14 @@ SHORT = reprlib.Repr()  # of values in errors
 SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 60
 
 
+def printable(text: str) -> str:
+    """One line that a terminal shows and does not obey, whatever a stranger's file put into it."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
 def fail(message: str) -> NoReturn:
     """End the program for a user's mistake: one line on stderr, exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    print(printable(f"error: {message}"), file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -19,7 +19,7 @@ from base_policies import ENV_STATE
 from checkpoints import write_json, write_whole
 from env_paper_square import JOINTS, OBS
 from eval import POLICY_HZ, encode_mp4
-from flags import check_folder
+from flags import SHORT, check_folder
 
 TASK = "Slide the sheet of paper into the tape square."
 CAMERAS = ("top", "side", "wrist")
@@ -27,6 +27,10 @@ FLUSH_EPISODES = 25  # written at a time
 QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
 STATISTICS = ("min", "max", "mean", "std", "count", *QUANTILES)
 PER_FOLDER = 1000  # files, LeRobot's chunks_size
+PATH = "chunk-{chunk_index:03d}/file-{file_index:03d}"  # of this project's datasets and of LeRobot's
+MOST_FRAMES = 10**7  # 1 GB in memory: 25,000 episodes of full length
+MOST_BYTES = 2**32  # of the columns of one file, unpacked; LeRobot makes files of 100 MB
+MOST_TEXT = 2**24  # bytes of info.json, a thousand times what it takes
 
 
 def make_features(video_height: int = 0) -> dict[str, dict]:
@@ -66,24 +70,57 @@ def readable(root: Path) -> Iterator[None]:
     """Turn whatever reading a dataset raises into a ValueError with one line for the user."""
     try:
         yield
-    except (OSError, LookupError, TypeError, AttributeError, ValueError, OverflowError, pa.ArrowException) as error:
+    except (
+        *(OSError, LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError, MemoryError),
+        pa.ArrowException,
+    ) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"cannot use {root} as a dataset of demonstrations: {reason}") from error
 
 
 def read_info(root: Path) -> dict:
-    """meta/info.json; raises ValueError if it is not that of a LeRobotDataset v3.0."""
+    """meta/info.json; raises ValueError if it is not that of a LeRobotDataset v3.0, or if its folder has links out."""
     if not (root / "meta" / "info.json").is_file():
         raise ValueError("it has no meta/info.json")
+    for path in root.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
+            raise ValueError(f"{path.relative_to(root)} is a link out of it: put the file itself there")
+    if (root / "meta" / "info.json").stat().st_size > MOST_TEXT:
+        raise ValueError("its meta/info.json is too large")
     info = json.loads((root / "meta" / "info.json").read_text())
     if info["codebase_version"] != "v3.0":
-        raise ValueError(f"its codebase_version is {info['codebase_version']}, not v3.0")
+        raise ValueError(f"its codebase_version is {SHORT.repr(info['codebase_version'])}, not v3.0")
+    for key in ("total_episodes", "total_frames"):
+        if type(info[key]) is not int or not 0 <= info[key] <= MOST_FRAMES:
+            raise ValueError(f"its {key} is {SHORT.repr(info[key])}, not a number from 0 to {MOST_FRAMES:,}")
     return info
 
 
 def read_table(path: Path, columns: Sequence[str]) -> pa.Table:
-    """Columns of a Parquet file without its metadata; what this project wrote has checksums, and they are looked at."""
-    return pq.read_table(path, columns=columns, page_checksum_verification=True).replace_schema_metadata()
+    """Columns of numbers of a Parquet file, plain ones or lists; raises ValueError before too much memory is taken."""
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:  # of what this project wrote
+        names, leaves = file.schema_arrow.names, {}
+        for key in columns:
+            if names.count(key) != 1:
+                raise ValueError(f"{path.name} has {names.count(key)} columns {key}")
+            kind = file.schema_arrow.field(key).type
+            while pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind) or pa.types.is_large_list(kind):
+                kind = kind.value_type
+            if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+                raise ValueError(f"its column {key} is of {SHORT.repr(kind)}, not of numbers")
+        leaves = [file.metadata.schema.column(k).path for k in range(file.metadata.num_columns)]
+        wanted = [
+            k for k, leaf in enumerate(leaves) if any(leaf == key or leaf.startswith(f"{key}.") for key in columns)
+        ]
+        groups = [file.metadata.row_group(k) for k in range(file.metadata.num_row_groups)]
+        size = sum(
+            max(group.column(k).total_uncompressed_size, group.column(k).num_values) for group in groups for k in wanted
+        )
+        if file.metadata.num_rows > MOST_FRAMES or size > MOST_BYTES:
+            raise ValueError(
+                f"{path.name} has {file.metadata.num_rows:,} rows, {size:,} bytes unpacked, which is too much"
+            )
+        return file.read(columns=list(columns)).replace_schema_metadata()
 
 
 def read_episodes(root: Path, total: int, columns: Sequence[str]) -> pa.Table:
@@ -108,10 +145,16 @@ def read_frames(root: Path, info: dict, sizes: dict[str, int], num_episodes: int
         raise ValueError(f"its meta/episodes does not hold the {info['total_frames']} frames of meta/info.json")
     episodes = episodes[:num_episodes]
     lengths = episodes["length"].to_numpy()
+    if not 0 < lengths.min() <= lengths.max() <= MOST_FRAMES or lengths.sum() > MOST_FRAMES:
+        raise ValueError(f"its episodes have lengths below 1, or more than {MOST_FRAMES:,} frames together")
+    if info["data_path"] != f"data/{PATH}.parquet":  # which could name any file
+        raise ValueError(f"its data_path is {SHORT.repr(info['data_path'])}, not LeRobot's data/{PATH}.parquet")
     files = zip(episodes["data/chunk_index"].to_pylist(), episodes["data/file_index"].to_pylist(), strict=True)
     names = [info["data_path"].format(chunk_index=chunk, file_index=file) for chunk, file in dict.fromkeys(files)]
     columns = list(dict.fromkeys(["episode_index", "frame_index", *sizes]))
     table = pa.concat_tables(read_table(root / name, columns) for name in names)
+    if len(table) > MOST_FRAMES:
+        raise ValueError(f"it has more than {MOST_FRAMES:,} frames")
     table = table.filter(pc.less(table["episode_index"], num_episodes))
     begins = np.repeat(np.cumsum(lengths) - lengths, lengths)
     if not (
@@ -197,7 +240,6 @@ class Dataset:
         self.cameras = [key for key, feature in features.items() if feature["dtype"] == "video"]
         self.pending, self.num_files, self.next_seed = [], 0, 0
         self.statistics = {key: [] for key in features}  # of all until the last flush as one, of every episode since
-        path = "chunk-{chunk_index:03d}/file-{file_index:03d}"
         self.info = {
             "codebase_version": "v3.0",
             "robot_type": "so101_follower",
@@ -209,8 +251,8 @@ class Dataset:
             "video_files_size_in_mb": 200,
             "fps": POLICY_HZ,
             "splits": {"train": "0:0"},
-            "data_path": f"data/{path}.parquet",
-            "video_path": f"videos/{{video_key}}/{path}.mp4" if self.cameras else None,
+            "data_path": f"data/{PATH}.parquet",
+            "video_path": f"videos/{{video_key}}/{PATH}.mp4" if self.cameras else None,
             "features": features,
         }
         check_folder(root)

@@ -27,8 +27,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from base_policies import BaseArgs, base_state, make_base
-from checkpoints import Stop, begin, fitting, make_run_dir, save_state
-from env_paper_square import OBS, EnvArgs, env_kwargs, eval_kwargs
+from checkpoints import Stop, begin, fitting, make_run_dir, rebuild, restore, save_state
+from env_paper_square import OBS, OBS_DIM, EnvArgs, env_kwargs, eval_kwargs
 from eval import VALIDATION_SEED, check_rendering, report, validate
 from flags import fail, find_device, find_processes, parse
 
@@ -230,11 +230,11 @@ def make_policy(checkpoint, sample=False, device="cpu"):
     """Rebuild the policy from a checkpoint alone, networks on `device`; raises ValueError if its parts do not fit."""
     try:
         args = Args(**checkpoint["args"])
-        with torch.random.fork_rng(devices=[]):  # the training's own random numbers go on as if this were not
-            agent = Agent(checkpoint["model"]["critic.1.weight"].shape[1], 6, args.hidden_size, args.init_std)
-        agent.load_state_dict(checkpoint["model"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"checkpoint does not fit {Path(__file__).name}: {str(error).splitlines()[0]}") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint does not fit {Path(__file__).name}: {error}") from error
+    agent = rebuild(
+        lambda: Agent(OBS_DIM + 6 * args.base_input, 6, args.hidden_size, args.init_std), checkpoint["model"]
+    )
     policy = AgentPolicy(agent.to(device), sample)
     base_policy = make_base(args, checkpoint.get("base"), device)
     alpha = alpha_at(args, checkpoint["global_step"])
@@ -399,8 +399,7 @@ if __name__ == "__main__":
         with fitting(run_dir):
             if len(state["processes"]) != world_size:
                 raise ValueError(f"it takes {len(state['processes'])} processes, as before")
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
+            restore(parts, state, make_state())
             torch.set_rng_state(state["rng"])
             global_step, evaluations = state["global_step"], state["evaluations"]
             start_time -= state["seconds"]

@@ -27,8 +27,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from base_policies import BaseArgs, base_state, make_base
-from checkpoints import Stop, begin, fitting, make_run_dir, save_state
-from env_paper_square import OBS, EnvArgs, env_kwargs, eval_kwargs
+from checkpoints import Stop, begin, fitting, make_run_dir, rebuild, restore, save_state
+from env_paper_square import OBS, OBS_DIM, EnvArgs, env_kwargs, eval_kwargs
 from eval import VALIDATION_SEED, check_rendering, report, validate
 from flags import fail, find_device, find_processes, parse
 
@@ -257,6 +257,9 @@ class ReplayBuffer:
         return {"pos": self.pos, "size": self.size, **tensors}
 
     def load_state_dict(self, state):
+        """Raises ValueError for another buffer's state."""
+        if not (0 <= state["pos"] < self.capacity and 0 <= state["size"] <= self.capacity):
+            raise ValueError(f"its buffer holds more than {self.capacity} steps")
         for name, x in vars(self).items():
             if isinstance(x, torch.Tensor):
                 x[: state["size"]] = state[name]
@@ -306,11 +309,11 @@ def make_policy(checkpoint, sample=False, device="cpu"):
     """Rebuild the policy from a checkpoint alone, networks on `device`; raises ValueError if its parts do not fit."""
     try:
         args = Args(**checkpoint["args"])
-        with torch.random.fork_rng(devices=[]):  # the training's own random numbers go on as if this were not
-            actor = Actor(checkpoint["model"]["net.1.weight"].shape[1], 6, args.hidden_size, args.init_std)
-        actor.load_state_dict(checkpoint["model"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"checkpoint does not fit {Path(__file__).name}: {str(error).splitlines()[0]}") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint does not fit {Path(__file__).name}: {error}") from error
+    actor = rebuild(
+        lambda: Actor(OBS_DIM + 6 * args.base_input, 6, args.hidden_size, args.init_std), checkpoint["model"]
+    )
     policy = AgentPolicy(actor.to(device), sample)
     base_policy = make_base(args, checkpoint.get("base"), device)
     alpha = alpha_at(args, checkpoint["global_step"])
@@ -465,8 +468,7 @@ if __name__ == "__main__":
         with fitting(run_dir):
             if len(state["processes"]) != world_size:
                 raise ValueError(f"it takes {len(state['processes'])} processes, as before")
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
+            restore(parts, state, make_state())
             log_temperature.data[:] = state["log_temperature"]
             gradient_steps, updates_due = state["updates"]
             torch.set_rng_state(state["rng"])
