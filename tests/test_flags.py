@@ -473,14 +473,9 @@ def legal_lines(name, field):
     return [[*extra, option(field), repr(value), *rest] for value in values]
 
 
-TOGETHER = {
-    "total_timesteps",
-    "learning_starts",
-    "buffer_size",
-    "train_steps",
-    "chunk_size",
-    "utd",
-}  # fit the others, or take long
+TOGETHER = {  # which have to fit the others, or take long
+    "total_timesteps", "learning_starts", "buffer_size", "train_steps", "chunk_size", "utd", "eval_freq",
+}  # fmt: skip
 
 
 @pytest.fixture
