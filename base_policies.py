@@ -290,7 +290,7 @@ class FrozenILPolicy:
         self.pointer[ids] = np.minimum(self.pointer[ids] + 1, self.chunks.shape[1])
         age = np.arange(self.chunks.shape[1])
         order = self.pointer[ids, None] - 1 - age  # (ids, chunks), 0 is the oldest
-        weights = np.exp(-self.coeff * order) * (order >= 0)
+        weights = np.exp(-self.coeff * order.clip(0)) * (order >= 0)  # clipped, because exp of a large one is inf
         weights /= weights.sum(axis=1, keepdims=True)
         return np.einsum("nc,ncj->nj", weights, self.chunks[ids[:, None], age, age]) - joint_target
 

@@ -45,7 +45,7 @@ LIMITS = {
     # Runs
     "seed": (0, 2**32 - 1),
     "num_threads": (0, 1024),
-    "torch_threads": (1, 1024),
+    "torch_threads": (1, 256),  # they wait for each other by spinning
     "num_envs": (1, 32_768),  # 0.2 MB each
     "total_timesteps": (1, 10**10),
     "eval_freq": (1, 10**10),
@@ -55,7 +55,7 @@ LIMITS = {
     "log_freq": (1, 10**7),
     # PPO and SAC
     "num_steps": (1, 10**6),
-    "minibatch_size": (1, 10**7),
+    "minibatch_size": (2, 10**7),  # one has no deviation to normalise its advantages by
     "update_epochs": (1, 1000),
     "learning_rate": (1e-12, 1.0),
     "gamma": (0.0, 0.99999),
@@ -242,7 +242,8 @@ def words_of(spellings: Sequence[str], line: Sequence[str]) -> list[str]:
 
 def unknown(word: str, kind: Any, line: Sequence[str]) -> str:
     """The line for a word that no flag takes."""
-    if not word.startswith("-"):
+    with_flag = word not in line and any(other.endswith(f"={word}") for other in line)
+    if with_flag or not word.startswith("-"):
         end = next((k for k, other in enumerate(line, 1) if other == word or other.endswith(f"={word}")), 0)
         before = [other.partition("=")[0] for other in line[:end] if other[:2] == "--"]
         after = f" after {before[-1]}" if before else ""

@@ -9,19 +9,25 @@ import itertools
 import math
 import os
 import runpy
+import shutil
+import signal
 import sys
 import time
 from dataclasses import fields
+from functools import partial
 from typing import Annotated, Literal, get_args, get_origin
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_imitation import TINY as IMITATION
 from test_imitation import demos  # noqa: F401, a fixture
 from test_scripts import ROOT, SCRIPTS, TINY
 
+import eval as evaluation
 import flags
+from env_paper_square import PaperSquareVectorEnv
 
 LIMITS = flags.LIMITS
 FIELDS = [(name, field) for name, kind in SCRIPTS.items() for field in fields(kind)]
@@ -135,7 +141,7 @@ def test_every_flag_refuses_bad_values_in_one_line_and_writes_nothing(name, tmp_
 @pytest.mark.campaign
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_hundreds_of_bad_values_of_every_flag(name, tmp_path, capsys):
-    count = sum(try_bad_values(name, field, 300, tmp_path) for field in fields(SCRIPTS[name]))
+    count = sum(try_bad_values(name, field, 200, tmp_path) for field in fields(SCRIPTS[name]))
     with capsys.disabled():
         print(f"\n{name}: {count} bad values of {len(fields(SCRIPTS[name]))} flags, all refused")
 
@@ -256,7 +262,7 @@ def test_help_is_as_it_was(tmp_path):
 
 
 BETWEEN = {
-    "ppo.py --num-envs 32768 --num-steps 1000 --minibatch-size 1": "--num-envs times --num-steps",
+    "ppo.py --num-envs 32768 --num-steps 1000 --minibatch-size 2": "--num-envs times --num-steps",
     "ppo.py --seed 8000": "--seed times --num-envs",
     "ppo_residual.py --minibatch-size 1000": "--minibatch-size",
     "ppo_residual.py --total-timesteps 4095": "--total-timesteps",
@@ -401,3 +407,145 @@ def test_variables_of_torchrun_that_make_no_sense(name, variables, expected, tmp
 def test_the_rank_is_asked_for_in_every_script_with_a_device(name, tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "first")
     assert_refused(name, [], tmp_path, "LOCAL_RANK")
+
+
+# Within the limits
+
+
+RL = "--total-timesteps 512 --num-envs 4 --eval-freq 1000 --eval-episodes 1 --test-episodes 1 --num-threads 2"
+PPO = f"{RL} --num-steps 32 --minibatch-size 64 --update-epochs 2"
+SHORT = {
+    "ppo.py": PPO,
+    "ppo_residual.py": PPO,
+    "sac_residual.py": f"{RL} --learning-starts 256 --batch-size 16 --buffer-size 2000",
+    **{name: f"{words} --dataset ../demos" for name, words in IMITATION.items()},
+    "record_demos.py": "--policy jacobian --num-episodes 2",
+    "eval.py": f"--model-path {ROOT}/assets/ppo_residual.pt {ROOT}/assets/act.pt --policy jacobian --n-episodes 2",
+    "benchmark.py": "--repeats 1 --seconds 0.01 --num-envs 1 --warmup-steps 1 --training-steps 0 --sb3-steps 0 "
+    "--bases jacobian",
+    "reproduce.py": "--dry-run",
+}
+TOO_LONG = {  # flags whose largest value takes hours, or does not go with the others: an odd one in its place
+    "num_envs": 37, "num_steps": 33, "total_timesteps": 777, "eval_episodes": 3, "test_episodes": 3, "n_episodes": 3,
+    "num_episodes": 3, "train_steps": 7, "num_demos": 3, "n_action_steps": 4, "n_heads": 16, "update_epochs": 7,
+    "minibatch_size": 128, "utd": 3.7, "sweep_points": 3, "num_inference_steps": 100, "repeats": 2, "seconds": 0.03,
+    "warmup_steps": 7, "training_steps": 0, "sb3_steps": 0, "cores_per_run": 2, "seed": 7777, "batch_size": 777,
+    "torch_threads": 5, "num_threads": 33, "hidden_size": 257,
+}  # fmt: skip
+WITH = {  # what a flag needs to have an effect, or to fit the others
+    "alpha_start": "--alpha-schedule linear",
+    "alpha_end": "--alpha-schedule linear",
+    "curriculum_start": "--curriculum",
+    "chunk_size": "--n-action-steps 1",
+    "num_envs": "--total-timesteps 4736 --minibatch-size 32",
+    "num_steps": "--minibatch-size 2 --total-timesteps 528",
+    "minibatch_size": "--total-timesteps 128",
+    "n_heads": "--dim-model 16",
+    "prog_explore": "--learning-starts 0",
+    "noise_correlation": "--noise-std 1",
+    "hybrid_mode": "",
+    "video_height": "--videos --save-video",
+    "video_stride": "--save-video --video-height 48",
+    "video_episodes": "--save-video --video-height 48",
+    "sweep_points": "--sweep delay 0 9",
+}
+
+
+def legal_lines(name, field):
+    """Command lines that use a flag at its limits and between."""
+    own, kind = {option(field) for field in fields(SCRIPTS[name])}, plain(field.type)
+    extra = [word for word in WITH.get(field.name, "").split() if word in own or word[:2] != "--"]
+    if field.name == "sweep":
+        return [["--sweep", *words.split()] for words in SWEEPS]
+    if field.name.startswith("hybrid"):
+        extra = ["--base-policy" if "--base-policy" in own else "--policy", "hybrid"]
+    if kind is bool:
+        return [] if field.name in NOT_HERE else [[option(field)], [option(field).replace("--", "--no-")]]
+    if get_origin(kind) is Literal:
+        return [[*extra, option(field), choice] for choice in get_args(kind) if choice not in (*NOT_HERE, "")]
+    if kind is str:
+        return [[option(field), "ü '\"{}%s;$x" * 3]] if field.name == "exp_name" else []
+    low, high = LIMITS[field.name]
+    high = TOO_LONG.get(field.name, high)
+    middle = (low + high) // 16 * 8 if kind is int else low + (high - low) / math.e
+    values = dict.fromkeys((low, min(max(low, middle), high), high))
+    rest = ["1"] if field.name == "hybrid_weights" else []
+    return [[*extra, option(field), repr(value), *rest] for value in values]
+
+
+TOGETHER = {  # which have to fit the others, or take long
+    "total_timesteps", "learning_starts", "buffer_size", "train_steps", "chunk_size", "utd", "eval_freq",
+}  # fmt: skip
+
+
+@pytest.fixture
+def short_episodes(monkeypatch):
+    """Evaluations of the trainings play 20 steps."""
+    make = partial(PaperSquareVectorEnv, max_episode_steps=20)
+    monkeypatch.setattr(evaluation, "PaperSquareVectorEnv", make)
+
+
+@pytest.mark.parametrize("extreme", [0, 1])
+@pytest.mark.parametrize("name", [*TINY, *IMITATION])
+def test_a_training_with_its_flags_at_their_limits_runs(name, extreme, tmp_path, demos, short_episodes):  # noqa: F811
+    (tmp_path / "demos").symlink_to(demos)
+    line = []
+    for field in fields(SCRIPTS[name]):
+        if plain(field.type) in NUMBERS and not is_tuple(field) and field.name not in TOGETHER:
+            small = plain(field.type) is float or extreme == 0 and field.name not in ("num_envs", "num_steps")
+            line += [option(field), repr(LIMITS[field.name][extreme])] if small else []
+    line += ["--chunk-size", "2"] if name in IMITATION else []
+    (tmp_path / "here").mkdir()
+    code, error = run(name, [*SHORT[name].split(), *line], tmp_path / "here")
+    assert code == 0, error
+    (path,) = tmp_path.glob("here/runs/*/last.pt")
+    assert all(tensor.isfinite().all() for tensor in torch.load(path)["model"].values())
+
+
+SWEEPS = ["mass 0.001 400", "friction 0.001 400", "xy 0 400", "yaw 0 400", "noise 0 400", "delay 0 400"]
+NOT_HERE = ("track", "render", "keyboard", "slurm", "cuda", "compile", "capture_video")  # without what they need
+
+
+class Hang(BaseException):
+    pass
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_what_is_accepted_runs(name, tmp_path, capsys, demos, short_episodes, monkeypatch):  # noqa: F811
+    def hang(*_):
+        raise Hang
+
+    signal.signal(signal.SIGALRM, hang)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # which record_demos.py would leave set
+    (tmp_path / "demos").symlink_to(demos)
+    ran, refused, failures = 0, [], []
+    for field in fields(SCRIPTS[name]):
+        for k, line in enumerate(legal_lines(name, field)):
+            folder = tmp_path / f"{field.name}_{k}"
+            folder.mkdir()
+            signal.alarm(200)
+            start = time.perf_counter()
+            try:
+                code, error = run(name, [*SHORT[name].split(), *line], folder)
+                weights = [torch.load(path)["model"] for path in folder.rglob("last.pt")]
+                finite = all(tensor.isfinite().all() for model in weights for tensor in model.values())
+            except (Exception, Hang) as trouble:
+                failures.append((line, repr(trouble)[:300]))
+                continue
+            finally:
+                signal.alarm(0)
+                torch.set_num_threads(1)
+                shutil.rmtree(folder)
+            ran += code == 0
+            if code == 2 and error.startswith("error: ") and error.count("\n") == 1:
+                refused.append((line, error))
+            elif code or not finite:
+                failures.append((line, code, error[-300:], "finite" if finite else "NOT FINITE"))
+            if time.perf_counter() - start > 20:
+                with capsys.disabled():
+                    print(f"{name} {' '.join(line)}: {time.perf_counter() - start:.0f} s")
+    with capsys.disabled():
+        print(f"\n{name}: {ran} runs at the limits, {len(refused)} refused, {len(failures)} failed")
+        print(*refused, *failures, sep="\n")
+    assert not failures
