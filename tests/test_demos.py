@@ -282,6 +282,7 @@ DAMAGE = {
     "no episodes": lambda root: edit_info(root, total_episodes=0),
     "text for a count": lambda root: edit_info(root, total_episodes="many"),
     "more episodes than there are": lambda root: edit_info(root, total_episodes=9),
+    "fewer episodes than there are": lambda root: edit_info(root, total_episodes=5),
     "no meta/episodes": lambda root: shutil.rmtree(root / "meta" / "episodes"),
     "no data": lambda root: shutil.rmtree(root / "data"),
     "data file cut short": lambda root: (root / "data/chunk-000/file-001.parquet").write_bytes(b"PAR1 and no more"),

@@ -15,10 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from gymnasium.vector import AutoresetMode
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+from test_scripts import TINY, run_script
 
 import eval as evaluation
 import reproduce
+from env_paper_square import PaperSquareVectorEnv
 from lerobot_dataset import load_demos
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,6 +111,38 @@ def test_reproduce_on_a_full_disk_keeps_its_rows(tmp_path):
     assert len(runs) == len(rows) - 2
 
 
+@pytest.mark.parametrize("name", ["ppo.py", "ppo_residual.py", "sac_residual.py"])
+def test_diverged_physics_leave_nothing_in_a_training_that_is_not_finite(name, monkeypatch, tmp_path):
+    step, calls, ended = PaperSquareVectorEnv.step, 0, []
+
+    def push(envs, actions):
+        """The sheets of the training's environments, one after the other, with a force that no number can hold."""
+        nonlocal calls
+        if envs.autoreset_mode != AutoresetMode.SAME_STEP:
+            return step(envs, actions)
+        force, calls = [1e12, 1e300, np.nan][calls % 3], calls + 1
+        envs.batch.xfrc_applied[calls % 2, envs.model.body("sheet").id, 2] = force
+        result = step(envs, actions)
+        envs.batch.xfrc_applied[:] = 0.0
+        ended.append(result[4]["final_info"]["physics_reset"].sum())
+        assert np.isfinite(np.stack(result[4]["final_obs"][result[3]])).all()
+        return result
+
+    monkeypatch.setattr(PaperSquareVectorEnv, "step", push)
+    script = run_script(name, TINY[name], monkeypatch, tmp_path)
+    assert script["physics_resets"] == sum(ended) == calls == 16
+    stored = vars(script["rb"]) if "rb" in script else {key: script[key] for key in ("obs", "rewards", "values")}
+    networks = [script[name] for name in ("agent", "actor", "qf1", "qf2_target") if name in script]
+    tensors = {key: x for part in (stored, *(net.state_dict() for net in networks)) for key, x in part.items()}
+    tensors = {key: x for key, x in tensors.items() if torch.is_tensor(x)}
+    assert networks and len(tensors) > 10
+    for key, tensor in tensors.items():
+        assert tensor.isfinite().all(), key
+    (events,) = tmp_path.glob("runs/*/events.out.*")
+    scalars = [value for event in LegacyEventFileLoader(str(events)).Load() for value in event.summary.value]
+    assert len(scalars) > 20 and all(np.isfinite(value.simple_value) for value in scalars)
+
+
 def watch(script, flags, folder, seconds, every):
     """Run a training for some seconds and kill it; returns its pid's samples (n, 3): time (s), memory (MB), CPU (s)."""
     command = [sys.executable, str(ROOT / script), *shlex.split(flags)]
@@ -156,3 +192,12 @@ def test_a_long_training_grows_neither_memory_nor_step_time(tmp_path, script, mi
     memory, time_ratio, steps = growth(tmp_path, warm_up=60)
     print(f"{script}, {steps:,.0f} steps: memory {memory:+.1f} MB, CPU time per step times {time_ratio:.3f}")
     assert memory < 5 and time_ratio < 1.05
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc, which Linux has")
+def test_a_short_training_does_not_grow(tmp_path):
+    """Memory alone, and coarsely: 100 kB lost in each step of the rollout would be noticed."""
+    flags = "--num-envs 16 --num-steps 16 --minibatch-size 64 --update-epochs 1 --eval-freq 4096 --eval-episodes 1"
+    watch("ppo_residual.py", f"{ENDLESS} {flags}", tmp_path, 15, every=0.2)
+    memory, _, steps = growth(tmp_path, warm_up=3)
+    assert steps > 1000 and memory < 20
