@@ -449,7 +449,7 @@ if __name__ == "__main__":
             "episodes": [episode_returns, episode_lengths],
             "physics_resets": physics_resets,
             "last_episodes": dict(last_episodes),
-            "log": [last_log, step_sums, losses],
+            "log": [last_log, step_sums, {key: float(loss) for key, loss in losses.items()}],
         }
         return {
             "script": Path(__file__).stem,
