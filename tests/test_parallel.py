@@ -2,13 +2,17 @@
 
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from checkpoints import load_checkpoint, read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
@@ -44,6 +48,26 @@ def test_compiled_or_in_two_processes_the_updates_are_the_same(name, tmp_path):
     split, _ = train(name, RUNS[name], tmp_path / "split", TORCHRUN)  # whose losses are of half of each minibatch
     assert checkpoint["global_step"] == split["global_step"] == int(re.search(r"timesteps (\d+)", RUNS[name])[1])
     torch.testing.assert_close(split["model"], checkpoint["model"], rtol=0, atol=1e-5)
+
+
+def test_two_processes_that_were_stopped_go_on(tmp_path):
+    flags = f"{RUNS['ppo_residual.py']} --total-timesteps 2048 --save-freq 128"  # the first saves come soon
+    checkpoint, _ = train("ppo_residual.py", flags, tmp_path / "whole", TORCHRUN)
+    command = [sys.executable, *TORCHRUN, str(ROOT / "ppo_residual.py")]
+    folder = tmp_path / "stopped"
+    folder.mkdir()
+    process = subprocess.Popen([*command, *shlex.split(flags)], cwd=folder, stderr=subprocess.PIPE, text=True)
+    while not [path for path in folder.glob("runs/*/state.pt") if "global_step" in read_checkpoint(path)]:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate()
+    (run_dir,) = folder.glob("runs/*")
+    assert process.returncode != 0 and error.count(f"--resume runs/{run_dir.name}") == 1  # the first process says it
+    assert 0 < read_checkpoint(run_dir / "state.pt")["global_step"] < 2048
+    resumed = subprocess.run([*command, "--resume", f"runs/{run_dir.name}"], cwd=folder, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    torch.testing.assert_close(load_checkpoint(run_dir / "last.pt")["model"], checkpoint["model"], rtol=0, atol=0)
 
 
 def test_what_cannot_be_shared_among_processes_is_an_error(tmp_path):
