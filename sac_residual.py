@@ -372,9 +372,8 @@ if __name__ == "__main__":
         fail(str(error))
     if rank == 0:
         if args.track:
-            wandb.init(
-                project=args.wandb_project, id=run_dir.name, resume="allow", config=asdict(args), sync_tensorboard=True
-            )
+            names = {"id": run_dir.name, "name": run_dir.name, "resume": "allow"}  # after --resume, the same run
+            wandb.init(project=args.wandb_project, config=asdict(args), sync_tensorboard=True, **names)
         writer = SummaryWriter(run_dir, purge_step=state["global_step"] + 1 if state else 0)
         if not state:
             writer.add_text(
