@@ -529,7 +529,6 @@ def main(args: Args) -> int:
     except ImportError:
         fail("reproduce.py hands its runs to submitit: pip install submitit==1.5.4")
     try:
-        check_folder("runs/submitit")
         check_folder(args.output_dir)
         executor = submitit.AutoExecutor("runs/submitit", cluster=args.executor)
         folder.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ import io
 import itertools
 import math
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -136,6 +137,14 @@ def try_bad_values(name, field, examples, folder):
 def test_every_flag_refuses_bad_values_in_one_line_and_writes_nothing(name, tmp_path):
     for field in fields(SCRIPTS[name]):
         assert try_bad_values(name, field, 3, tmp_path) >= 3
+
+
+@pytest.mark.parametrize("word", NOT_TEXT)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_text_that_is_no_file_name(name, word, tmp_path):
+    for field in fields(SCRIPTS[name]):
+        if plain(field.type) is str:
+            assert_refused(name, [f"{option(field)}={word}"], tmp_path, option(field))
 
 
 @pytest.mark.campaign
@@ -454,7 +463,8 @@ WITH = {  # what a flag needs to have an effect, or to fit the others
 def legal_lines(name, field):
     """Command lines that use a flag at its limits and between."""
     own, kind = {option(field) for field in fields(SCRIPTS[name])}, plain(field.type)
-    extra = [word for word in WITH.get(field.name, "").split() if word in own or word[:2] != "--"]
+    groups = [group.split() for group in re.split(" (?=--)", WITH.get(field.name, "")) if group]
+    extra = [word for group in groups if group[0] in own for word in group]
     if field.name == "sweep":
         return [["--sweep", *words.split()] for words in SWEEPS]
     if field.name.startswith("hybrid"):
