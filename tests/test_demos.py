@@ -624,7 +624,9 @@ def test_kill_9_leaves_a_dataset_that_append_continues(tmp_path, monkeypatch):
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize(("flags", "kills", "wanted"), [("", 40, 300), ("--videos --video-height 48 --num-envs 1", 20, 15)])
+@pytest.mark.parametrize(
+    ("flags", "kills", "wanted"), [("", 40, 300), ("--videos --video-height 48 --num-envs 1", 20, 15)]
+)
 def test_many_kills_and_appends_end_in_the_dataset_of_one_recording(tmp_path, flags, kills, wanted):
     """python -m pytest -m campaign tests/test_demos.py -s
 
