@@ -592,10 +592,12 @@ def test_a_recording_killed_at_any_write_can_be_read_and_continued(tmp_path, mon
     monkeypatch.setattr(Path, "replace", replace)
 
 
-def start(folder, flags, wait=True):
-    command = [sys.executable, str(ROOT / "record_demos.py"), "--num-threads", "1"]
+def start(folder, flags, wait=True, flush_episodes=lerobot_dataset.FLUSH_EPISODES):
+    program = f"""import lerobot_dataset, runpy
+lerobot_dataset.FLUSH_EPISODES = {flush_episodes}
+runpy.run_path("record_demos.py", run_name="__main__")"""
     process = subprocess.Popen(
-        [*command, "--output-dir", str(folder), *shlex.split(flags)],
+        [sys.executable, "-c", program, "--num-threads", "1", "--output-dir", str(folder), *shlex.split(flags)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -622,24 +624,28 @@ def test_kill_9_leaves_a_dataset_that_append_continues(tmp_path, monkeypatch):
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize(("flags", "kills", "wanted"), [("", 40, 1500), ("--videos --video-height 48", 40, 200)])
+@pytest.mark.parametrize(
+    ("flags", "kills", "wanted"), [("", 40, 300), ("--videos --video-height 48 --num-envs 1", 20, 15)]
+)
 def test_many_kills_and_appends_end_in_the_dataset_of_one_recording(tmp_path, flags, kills, wanted):
     """python -m pytest -m campaign tests/test_demos.py -s
 
-    Half the kills come at any time from the program's start on, half at a moment at which files are being written.
+    Half the kills come at any time from the program's start on, half at a moment at which files are being written, and
+    that is after every third episode, so that there is progress between the kills.
     """
     rng, root, counts, killed = np.random.default_rng(0), tmp_path / "demos", [0], 0
     states = np.zeros((0, 6), dtype=np.float32)
     while counts[-1] < wanted:
         enough = killed >= kills
-        process = start(root, f"--append --num-episodes {wanted - counts[-1]} --policy jacobian {flags}", wait=False)
+        goal = f"--append --num-episodes {wanted - counts[-1]} --policy jacobian {flags}"
+        process = start(root, goal, wait=False, flush_episodes=3)
         if not enough and killed % 2:
             files = count_files(root)
             while process.poll() is None and count_files(root) == files:
-                time.sleep(0.001)
+                time.sleep(0.005)
             time.sleep(rng.uniform(0.0, 0.3))
         elif not enough:
-            time.sleep(rng.uniform(0.0, 15.0))
+            time.sleep(rng.uniform(0.0, 10.0))
         if not enough:
             killed += process.poll() is None
             process.kill()
