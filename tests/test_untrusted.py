@@ -45,14 +45,23 @@ SCRIPTS = {
     "ppo": (ppo, {"hidden_size": 4}),
     "ppo_residual": (ppo_residual, {"hidden_size": 4}),
     "sac_residual": (sac_residual, {"hidden_size": 4}),
-    "act": (act, {"dim_model": 8, "n_heads": 2, "dim_feedforward": 8, "latent_dim": 2, "chunk_size": 4, "n_action_steps": 2}),
+    "act": (
+        act,
+        {"dim_model": 8, "n_heads": 2, "dim_feedforward": 8, "latent_dim": 2, "chunk_size": 4, "n_action_steps": 2},
+    ),
     "diffusion_policy": (diffusion_policy, {"channels": 8, "embedding_size": 4, "chunk_size": 4, "n_action_steps": 2}),
 }
 WRONG = [  # what a leaf may become
     *(None, True, False, -1, 0, 1, 3, 10**9, 2**63, -(10**30), 10**50, 0.5, -1.0, 1e300, float("nan"), float("inf")),
     *("", "x", "../../x", "a\nb\x1b[2J", "x" * 100_000, "sample", "il", "hybrid", "cuda"),
     *([], {}, (), [1], ["x"], [[1.0], [1.0, 2.0]], {"x": 1}, {1: {"x": [1]}}, ("il", "il")),
-    *(torch.zeros(0), torch.zeros(()), torch.zeros(3), torch.full((4, 4), float("nan")), torch.ones(2, dtype=torch.int64)),
+    *(
+        torch.zeros(0),
+        torch.zeros(()),
+        torch.zeros(3),
+        torch.full((4, 4), float("nan")),
+        torch.ones(2, dtype=torch.int64),
+    ),
     torch.zeros(1).expand(10**6, 10**6),
 ]
 OBSERVATIONS = np.zeros((2, OBS_DIM), dtype=np.float32)
@@ -77,7 +86,9 @@ def honest(script, **flags):
 def plays(path):
     """Whether a checkpoint is taken and plays; whatever it is refused with but a ValueError of one line is a failure."""
     try:
-        (policy,), env_kwargs = (list(x.values()) for x in evaluation.load_policies(evaluation.Args(model_path=(str(path),))))
+        (policy,), env_kwargs = (
+            list(x.values()) for x in evaluation.load_policies(evaluation.Args(model_path=(str(path),)))
+        )
         PaperSquareVectorEnv(1, **env_kwargs[0]).close()
         assert policy(OBSERVATIONS).shape == (2, 6)
         return True
@@ -88,7 +99,13 @@ def plays(path):
 def leaves(content, path=()):
     """The paths of all containers and leaves in a content."""
     yield path
-    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, (list, tuple)) else ()
+    items = (
+        content.items()
+        if isinstance(content, dict)
+        else enumerate(content)
+        if isinstance(content, (list, tuple))
+        else ()
+    )
     for key, item in items:
         yield from leaves(item, (*path, key))
 
@@ -183,8 +200,14 @@ def bombs(folder):
         "half": (tensor([4], [1], 4, b"torch HalfStorage"), {"data/0": bytes(8)}),
         "parameter": (tensor([4], [1], 4, function=b"torch._utils _rebuild_parameter"), four),
         "quantised": (tensor([10**6, 10**6], [0, 0], 4, function=b"torch._utils _rebuild_qtensor"), four),
-        "untyped": (b"\x80\x02}X\x01\0\0\0actorch\nUntypedStorage\n\x8a\x06" + (2**36).to_bytes(6, "little") + b"\x85Rs.", {}),
-        "typed": (b"\x80\x02}X\x01\0\0\0actorch\nFloatStorage\n\x8a\x06" + (2**36).to_bytes(6, "little") + b"\x85Rs.", {}),
+        "untyped": (
+            b"\x80\x02}X\x01\0\0\0actorch\nUntypedStorage\n\x8a\x06" + (2**36).to_bytes(6, "little") + b"\x85Rs.",
+            {},
+        ),
+        "typed": (
+            b"\x80\x02}X\x01\0\0\0actorch\nFloatStorage\n\x8a\x06" + (2**36).to_bytes(6, "little") + b"\x85Rs.",
+            {},
+        ),
         "memo": (b"\x80\x02}r\xff\xff\xff\xff.", {}),
         "text": (b"\x80\x02X\xff\xff\xff\x7fabc.", {}),
         "long": (b"\x80\x02\x8b\xff\xff\xff\x7fabc.", {}),
@@ -217,7 +240,13 @@ def bombs(folder):
         file.writestr("archive/data.pkl", pickle.dumps({}, 2))
     checkpoint = honest("act")
     for name, flags in {
-        "wide": {"dim_model": 1024, "dim_feedforward": 4096, "n_encoder_layers": 12, "n_vae_layers": 12, "batch_size": 1},
+        "wide": {
+            "dim_model": 1024,
+            "dim_feedforward": 4096,
+            "n_encoder_layers": 12,
+            "n_vae_layers": 12,
+            "batch_size": 1,
+        },
         "wider": {"dim_model": 10**9},
     }.items():
         files[name] = folder / f"{name}.pt"
@@ -259,12 +288,17 @@ def test_hostile_files_are_refused_and_nothing_is_executed_or_allocated(tmp_path
     files = bombs(tmp_path)
     first = [ROOT / "assets" / "act.pt"]
     command = [sys.executable, "-W", "error::UserWarning", "-c", WATCHED, *map(str, [*first, *files.values()])]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    run = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     lines = run.stdout.splitlines()
     assert run.returncode == 0 and not run.stderr, run.stderr[-3000:]
     assert len(lines) == len(files)
     for (name, path), line in zip(files.items(), lines, strict=True):
-        assert line.startswith(f"refused {path} 1 {path}" if name not in ("wide",) else f"refused {path} 1 "), (name, line)
+        assert line.startswith(f"refused {path} 1 {path}" if name not in ("wide",) else f"refused {path} 1 "), (
+            name,
+            line,
+        )
     assert not (tmp_path / "executed").exists()
 
 
@@ -417,7 +451,6 @@ def stopped(tmp_path_factory):
             run_dir = run(script, RUNS[script], monkeypatch, folder)["run_dir"]
             (folder / run_dir / "results.json").unlink()
             made[script] = folder, folder / run_dir, read_checkpoint(folder / run_dir / "state.pt")
-        canned = evaluation.play_episodes(lambda obs: np.zeros((len(obs), 6)), [0], {}) if False else None
         return made[script]
 
     return get
@@ -446,13 +479,10 @@ def resumes(script, state, stopped, monkeypatch, capfd):
 @pytest.fixture
 def quick(monkeypatch):
     """Evaluations that take no time."""
-    from eval import play_episodes
-
-    memory = {}
+    memory, play_episodes = [], evaluation.play_episodes
 
     def play(policy, seeds, env_kwargs, *args, **kwargs):
-        if not memory:
-            memory[0] = play_episodes(type("Still", (), {"__call__": lambda self, obs: np.zeros((len(obs), 6)), "reset": lambda self, mask: None})(), [0], {"max_episode_steps": 5})
+        memory[:] = memory or [play_episodes(evaluation.RandomPolicy(), [0], {"max_episode_steps": 5})]
         return memory[0]
 
     monkeypatch.setattr(evaluation, "play_episodes", play)
