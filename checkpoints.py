@@ -236,7 +236,7 @@ def check_numbers(found: dict | list | tuple, where: str, depth: int = 2) -> Non
     for item in found.values() if isinstance(found, dict) else found:
         if isinstance(item, (list, tuple)) and depth > 1:
             check_numbers(item, where, depth - 1)
-        elif not isinstance(item, (int, float)) or not math.isfinite(item):
+        elif not isinstance(item, (int, float, torch.Tensor)) or np.ndim(item) > 0 or not math.isfinite(item):
             raise ValueError(f"its {where} holds {SHORT.repr(item)}, not a number")
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from env_paper_square import JOINTS
+from flags import SHORT
 
 # Its files (train_config.json holds nothing to play), the features that it must have been trained on, and the steps of
 # its processors, because LeRobot would import whatever they name
@@ -22,12 +23,17 @@ LEROBOT_FILES = re.compile(r"config\.json|model\.safetensors|policy_(pre|post)pr
 LEROBOT_NEEDED = ("config.json", "model.safetensors", "policy_preprocessor.json", "policy_postprocessor.json")
 LEROBOT_LIMIT = 2**30  # bytes in all: every checkpoint of a residual on such a base holds them
 LEROBOT_FEATURES = {"observation.state": [6], "observation.environment_state": [14], "action": [6]}
+LEROBOT_TYPES = {"observation.state": "STATE", "observation.environment_state": "ENV", "action": "ACTION"}
+LEROBOT_LARGEST, LEROBOT_LAYERS = 10_000, 32  # numbers in config.json, entries of its lists and layers: far above sense
 LEROBOT_STEPS = re.compile(r"(rename_observations|to_batch|device|normalizer|unnormalizer)_processor")
 
 
 def read_folder(folder: Path) -> dict:
     """What `load_il` returns of a LeRobot folder: its files as bytes, (size,) uint8 each, for a checkpoint to hold."""
     paths = [path for path in sorted(folder.iterdir()) if LEROBOT_FILES.fullmatch(path.name) and path.is_file()]
+    links = [path.name for path in paths if not path.resolve().is_relative_to(folder.resolve())]
+    if links:  # a checkpoint would hold, and give away, what they lead to
+        raise ValueError(f"{folder} is refused, {links[0]} is a link out of it: put the file itself there")
     lacking = [name for name in LEROBOT_NEEDED if name not in [path.name for path in paths]]
     if lacking:
         raise ValueError(
@@ -54,13 +60,38 @@ def parse_lerobot(name: str, content: torch.Tensor):
     return header
 
 
+def check_sizes(value: object, name: str) -> None:
+    """Raise ValueError for numbers and lists, of the entry `name` of config.json, out of which no network is built."""
+    if isinstance(value, (dict, list)):
+        for key, item in value.items() if isinstance(value, dict) else ((name, item) for item in value):
+            check_sizes(item, key)
+    largest = 400 if name in ("chunk_size", "horizon") else LEROBOT_LAYERS if "layers" in name else LEROBOT_LARGEST
+    size = len(value) if isinstance(value, list) else abs(value) if isinstance(value, (int, float)) else 0
+    if not size <= (LEROBOT_LAYERS if isinstance(value, list) else largest):  # which nan is not
+        raise ValueError(f"{name} is {SHORT.repr(value)}")
+
+
+def check_shapes(network: torch.nn.Module, files: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError unless model.safetensors has the names and shapes of the network, which is on "meta"."""
+    expected = {name: list(x.shape) for name, x in network.state_dict().items()}
+    header = parse_lerobot("model.safetensors", files["model.safetensors"])
+    found = {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if odd:
+        raise ValueError(f"{odd[0]} is {SHORT.repr(found.get(odd[0]))}, not {expected.get(odd[0])}")
+
+
 def check_lerobot(files: dict[str, torch.Tensor]) -> dict:
     """The config.json of a LeRobot folder's files; raises ValueError, in one line, if they cannot be played as a base.
 
     It goes before LeRobot, which would import modules and download files that they name, and do without statistics.
     """
-    if not set(LEROBOT_NEEDED) <= files.keys() or not all(LEROBOT_FILES.fullmatch(name) for name in files):
+    if not isinstance(files, dict) or not all(LEROBOT_FILES.fullmatch(str(name)) for name in files):
+        raise ValueError(f"these are not the files of a LeRobot policy: {SHORT.repr(files)}")
+    if not set(LEROBOT_NEEDED) <= files.keys():
         raise ValueError(f"these are not the files of a LeRobot policy: {', '.join(map(repr, files))}")
+    if not all(isinstance(x, torch.Tensor) and x.dtype == torch.uint8 and x.dim() == 1 for x in files.values()):
+        raise ValueError("the files of the LeRobot policy are no bytes")
     name, parsed = "", {}
     try:
         for name, content in files.items():
@@ -69,11 +100,13 @@ def check_lerobot(files: dict[str, torch.Tensor]) -> dict:
         config = parsed[name]
         features = {**config["input_features"], **config["output_features"]}
         shapes = {key: feature["shape"] for key, feature in features.items()}
+        types = {key: feature["type"] for key, feature in features.items()}
+        check_sizes(config, name)
         kind, history, scheduler = config["type"], config["n_obs_steps"], config.get("noise_scheduler_type", "DDIM")
         name = "policy_preprocessor.json or policy_postprocessor.json"
         steps = parsed["policy_preprocessor.json"]["steps"] + parsed["policy_postprocessor.json"]["steps"]
         steps = [(step.get("registry_name", step.get("class")), step.get("state_file")) for step in steps]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{name} of the LeRobot policy is damaged ({type(error).__name__}: {error})") from error
     if kind not in ("act", "diffusion"):
         raise ValueError(f"the LeRobot policy must be of type act or diffusion, found {kind!r}")
@@ -81,6 +114,10 @@ def check_lerobot(files: dict[str, torch.Tensor]) -> dict:
         raise ValueError(
             f"the LeRobot policy must have the features {LEROBOT_FEATURES}, found {shapes}: "
             "train it on a dataset of record_demos.py without --videos"
+        )
+    if types != LEROBOT_TYPES:  # for one of an image LeRobot would download a network that sees
+        raise ValueError(
+            f"the LeRobot policy must have features of the types {LEROBOT_TYPES}, found {SHORT.repr(types)}"
         )
     if history != 1 or scheduler != "DDIM":
         raise ValueError(
@@ -121,6 +158,8 @@ class LeRobotNetwork:
                 content.numpy().tofile(Path(folder, name))
             try:
                 self.config = decode(PreTrainedConfig, {**config, "device": "cpu"})
+                with torch.device("meta"):
+                    check_shapes(get_policy_class(self.config.type)(self.config), files)
                 self.policy = get_policy_class(self.config.type)(self.config).eval().requires_grad_(False)
                 load_model(self.policy, Path(folder, "model.safetensors"))  # strict, as from_pretrained is not
                 self.pre, self.post = make_pre_post_processors(
