@@ -57,6 +57,7 @@ def run(name, words, folder):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
         patch.chdir(folder)
         patch.setattr(sys, "argv", [name, *words])
+        patch.setattr(signal, "signal", lambda *_: None)  # which some would leave set
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 runpy.run_path(str(ROOT / name), run_name="__main__")
@@ -453,7 +454,7 @@ WITH = {  # what a flag needs to have an effect, or to fit the others
     "prog_explore": "--learning-starts 0",
     "noise_correlation": "--noise-std 1",
     "hybrid_mode": "",
-    "video_height": "--videos --save-video",
+    "video_height": "--videos --save-video --video-episodes 1 --video-stride 30",
     "video_stride": "--save-video --video-height 48",
     "video_episodes": "--save-video --video-height 48",
     "sweep_points": "--sweep delay 0 9",
@@ -522,12 +523,11 @@ class Hang(BaseException):
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_what_is_accepted_runs(name, tmp_path, capsys, demos, short_episodes, monkeypatch):  # noqa: F811
+def test_what_is_accepted_runs(name, tmp_path, capsys, demos, short_episodes):  # noqa: F811
     def hang(*_):
         raise Hang
 
     signal.signal(signal.SIGALRM, hang)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # which record_demos.py would leave set
     (tmp_path / "demos").symlink_to(demos)
     ran, refused, failures = 0, [], []
     for field in fields(SCRIPTS[name]):
