@@ -448,7 +448,7 @@ if __name__ == "__main__":
             "next_obs": next_obs,
             "episodes": [episode_returns, episode_lengths, physics_resets],
             "last_episodes": last_episodes,
-            "log": [last_log, step_sums, losses],
+            "log": [last_log, step_sums, {key: float(loss) for key, loss in losses.items()}],
         }
         return {
             "script": Path(__file__).stem,
@@ -482,7 +482,9 @@ if __name__ == "__main__":
             for key, last in own["last_episodes"].items():
                 last_episodes[key].extend(last)
             last_log, sums, losses = own["log"]
-            step_sums.update(sums)
+            losses = {key: float(loss) for key, loss in losses.items()}  # TypeError for a list
+            for key, total in sums.items():
+                step_sums[key] += total
     elif rank == 0:
         evaluate(0)
     bar = tqdm(total=num_iterations * args.num_envs, initial=last_log, unit="step", unit_scale=True, disable=rank > 0)
