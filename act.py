@@ -163,17 +163,17 @@ class Network(nn.Module):
 
         # CVAE encoder, over [CLS], state and chunk
         self.vae_state_proj, self.vae_action_proj = nn.Linear(6, dim), nn.Linear(6, dim)
-        self.vae_cls = nn.Parameter(0.02 * torch.randn(1, 1, dim))
-        self.vae_position = nn.Parameter(0.02 * torch.randn(1, 2 + args.chunk_size, dim))
+        self.vae_cls = nn.Parameter(0.02 * torch.randn(1, 1, dim, device="cpu"))
+        self.vae_position = nn.Parameter(0.02 * torch.randn(1, 2 + args.chunk_size, dim, device="cpu"))
         self.vae_encoder = nn.TransformerEncoder(encoder_layer, args.n_vae_layers, nn.LayerNorm(dim), False)
         self.vae_head = nn.Linear(dim, 2 * args.latent_dim)
 
         # Policy: an encoder over z, state and environment_state, and a decoder with a learned query per action
         self.state_proj, self.environment_state_proj = nn.Linear(6, dim), nn.Linear(14, dim)
         self.latent_proj = nn.Linear(args.latent_dim, dim)
-        self.token = nn.Parameter(0.02 * torch.randn(1, 3, dim))  # added, it says which token is which
+        self.token = nn.Parameter(0.02 * torch.randn(1, 3, dim, device="cpu"))  # added, it says which token is which
         self.encoder = nn.TransformerEncoder(encoder_layer, args.n_encoder_layers, nn.LayerNorm(dim), False)
-        self.query = nn.Parameter(0.02 * torch.randn(1, args.chunk_size, dim))
+        self.query = nn.Parameter(0.02 * torch.randn(1, args.chunk_size, dim, device="cpu"))
         self.decoder = nn.TransformerDecoder(decoder_layer, args.n_decoder_layers, nn.LayerNorm(dim))
         self.action_head = nn.Linear(dim, 6)
         for transformer in (self.vae_encoder, self.encoder, self.decoder):  # whose layers torch made as equal copies

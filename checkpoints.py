@@ -236,14 +236,15 @@ def check_numbers(found: dict | list | tuple, where: str, depth: int = 2) -> Non
     for item in found.values() if isinstance(found, dict) else found:
         if isinstance(item, (list, tuple)) and depth > 1:
             check_numbers(item, where, depth - 1)
-        elif not isinstance(item, (int, float, torch.Tensor)) or np.ndim(item) > 0 or not math.isfinite(item):
+        elif not isinstance(item, (int, float)) or not math.isfinite(item):
             raise ValueError(f"its {where} holds {SHORT.repr(item)}, not a number")
 
 
 def rebuild(make: Callable[[], Network], weights: dict) -> Network:
     """The network that `make` makes, with the weights of a checkpoint; raises ValueError if these are another's.
 
-    They are compared before any memory is taken for it, which flags alone may ask a lot of.
+    They are compared before memory is taken for it, of which flags alone may ask a lot. What `make` draws by randn must
+    name its device: for such on "meta", torch imports hundreds of modules, seconds long.
     """
     with torch.random.fork_rng(devices=[]):  # the training's own random numbers go on as if this were not
         with torch.device("meta"):

@@ -279,7 +279,7 @@ def masked_mean(errors, mask):
 
 def squared_cosine_schedule(num_train_timesteps):
     """alphas_cumprod (num_train_timesteps,), the share of the signal in the variance (arXiv 2102.09672, eq. 17)."""
-    t = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
+    t = torch.arange(num_train_timesteps + 1, dtype=torch.float64, device="cpu") / num_train_timesteps
     f = torch.cos((t + 0.008) / 1.008 * torch.pi / 2).square()
     betas = (1.0 - f[1:] / f[:-1]).clamp(max=0.999)
     return (1.0 - betas).cumprod(0).float()

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from base_policies import ENV_STATE
 from checkpoints import write_json, write_whole
 from env_paper_square import JOINTS, OBS
-from eval import POLICY_HZ, encode_mp4
+from eval import POLICY_HZ, TEST_SEED, encode_mp4
 from flags import SHORT, check_folder
 
 TASK = "Slide the sheet of paper into the tape square."
@@ -275,12 +275,22 @@ class Dataset:
             self.num_files = PER_FOLDER * episodes[-1]["data/chunk_index"] + episodes[-1]["data/file_index"] + 1
             for row in episodes:
                 for key, statistics in self.statistics.items():
-                    statistics.append({name: np.ravel(row[f"stats/{key}/{name}"]) for name in STATISTICS})
+                    values = {name: np.ravel(row[f"stats/{key}/{name}"]) for name in STATISTICS}
+                    size = 3 if key in self.cameras else self.info["features"][key]["shape"][0]
+                    for name, value in values.items():
+                        if value.dtype.kind not in "fiub" or len(value) != (1 if name == "count" else size):
+                            raise ValueError(f"its stats/{key}/{name} is {SHORT.repr(value.tolist())}")
+                    statistics.append(values)
+        if self.num_files > max(total, 0):
+            raise ValueError("its files have higher numbers than its episodes")
         for number in range(self.num_files):
             metadata = pq.read_schema(self.episodes_path(number)).metadata or {}
             if b"seeds" not in metadata:
                 raise ValueError("--append goes on with what record_demos.py recorded, and this has no seeds")
-            self.next_seed = max(self.next_seed, 1 + max(json.loads(metadata[b"seeds"])))
+            last = max(json.loads(metadata[b"seeds"]))
+            if type(last) is not int or not 0 <= last < TEST_SEED:
+                raise ValueError(f"its seeds go up to {SHORT.repr(last)}")
+            self.next_seed = max(self.next_seed, 1 + last)
         counts = dict.fromkeys(("data", "meta/episodes"), self.num_files) | {
             f"videos/{key}": total for key in self.cameras
         }

@@ -483,7 +483,9 @@ if __name__ == "__main__":
             for key, last in own["last_episodes"].items():
                 last_episodes[key].extend(last)
             last_log, sums, losses = own["log"]
-            step_sums.update(sums)
+            losses = {key: float(loss) for key, loss in losses.items()}  # TypeError for a list
+            for key, total in sums.items():
+                step_sums[key] += total
     elif rank == 0:
         evaluate(0)
     bar = tqdm(total=num_iterations * args.num_envs, initial=last_log, unit="step", unit_scale=True, disable=rank > 0)
