@@ -117,7 +117,7 @@ def test_a_run_on_the_gpu_is_that_on_the_cpu(name, flags, monkeypatch, tmp_path)
         with gpu, suppress(SystemExit):
             run_script(name, f"{flags} --device {device}", monkeypatch, folder)
         gpu.there = False  # whoever reads the files has none
-        models = [evaluation.load_checkpoint(path)["model"] for path in sorted(folder.rglob("*.pt"))]
+        models = [evaluation.load_checkpoint(path)["model"] for path in sorted(folder.rglob("[bl]*t.pt"))]
         written.append([{key: x.tolist() for key, x in model.items()} for model in models])
         written[-1] += [json.loads(path.read_text())["policies"] for path in folder.rglob("results.json")]
         written[-1] += [path.read_bytes() for path in sorted(folder.rglob("*.parquet"))]

@@ -514,7 +514,16 @@ def test_a_training_with_its_flags_at_their_limits_runs(name, extreme, tmp_path,
 
 
 SWEEPS = ["mass 0.001 400", "friction 0.001 400", "xy 0 400", "yaw 0 400", "noise 0 400", "delay 0 400"]
-NOT_HERE = ("track", "render", "keyboard", "slurm", "cuda", "compile", "capture_video")  # without what they need
+NOT_HERE = (
+    "track",
+    "render",
+    "keyboard",
+    "slurm",
+    "cuda",
+    "compile",
+    "capture_video",
+    "dry_run",
+)  # without what they need
 
 
 class Hang(BaseException):
