@@ -28,7 +28,7 @@ STATISTICS = ("min", "max", "mean", "std", "count", *QUANTILES)
 PER_FOLDER = 1000  # files, LeRobot's chunks_size
 PATH = "chunk-{chunk_index:03d}/file-{file_index:03d}"  # of this project's datasets and of LeRobot's
 MOST_FRAMES = 10**7  # 1 GB in memory: 25,000 episodes of full length
-MOST_BYTES = 2**32  # of the columns of one file, unpacked; LeRobot makes files of 100 MB
+MOST_BYTES = 2**32  # of one file, unpacked; LeRobot makes files of 100 MB
 MOST_TEXT = 2**24  # bytes of info.json, a thousand times what it takes
 
 
@@ -98,7 +98,7 @@ def read_info(root: Path) -> dict:
 def read_table(path: Path, columns: Sequence[str]) -> pa.Table:
     """Columns of numbers of a Parquet file, plain ones or lists; raises ValueError before too much memory is taken."""
     with pq.ParquetFile(path) as file:
-        names, leaves = file.schema_arrow.names, {}
+        names = file.schema_arrow.names
         for key in columns:
             if names.count(key) != 1:
                 raise ValueError(f"{path.name} has {names.count(key)} columns {key}")
@@ -107,18 +107,11 @@ def read_table(path: Path, columns: Sequence[str]) -> pa.Table:
                 kind = kind.value_type
             if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
                 raise ValueError(f"its column {key} is of {SHORT.repr(kind)}, not of numbers")
-        leaves = [file.metadata.schema.column(k).path for k in range(file.metadata.num_columns)]
-        wanted = [
-            k for k, leaf in enumerate(leaves) if any(leaf == key or leaf.startswith(f"{key}.") for key in columns)
-        ]
-        groups = [file.metadata.row_group(k) for k in range(file.metadata.num_row_groups)]
-        size = sum(
-            max(group.column(k).total_uncompressed_size, group.column(k).num_values) for group in groups for k in wanted
-        )
-        if file.metadata.num_rows > MOST_FRAMES or size > MOST_BYTES:
-            raise ValueError(
-                f"{path.name} has {file.metadata.num_rows:,} rows, {size:,} bytes unpacked, which is too much"
-            )
+        # Of row groups: where the metadata of a column is damaged, asking for it ends the process (pyarrow 25)
+        size = sum(file.metadata.row_group(k).total_byte_size for k in range(file.metadata.num_row_groups))
+        if not (0 <= file.metadata.num_rows <= MOST_FRAMES and 0 <= size <= MOST_BYTES):
+            rows = f"{file.metadata.num_rows:,} rows"
+            raise ValueError(f"{path.name} has {rows}, {size:,} bytes unpacked, which is too much")
         return file.read(columns=list(columns)).replace_schema_metadata()
 
 
@@ -138,7 +131,7 @@ def read_frames(root: Path, info: dict, sizes: dict[str, int], num_episodes: int
         if key not in info["features"]:
             raise ValueError(f"it lacks the feature {key}")
         if list(info["features"][key]["shape"]) != [size]:
-            raise ValueError(f"its {key} has the shape {info['features'][key]['shape']}, not [{size}]")
+            raise ValueError(f"its {key} has the shape {SHORT.repr(info['features'][key]['shape'])}, not [{size}]")
     episodes = read_episodes(root, num_episodes, ("length", "data/chunk_index", "data/file_index"))
     lengths = episodes["length"].to_numpy()
     if not 0 < lengths.min() <= lengths.max() <= MOST_FRAMES or lengths.sum() > MOST_FRAMES:

@@ -657,7 +657,10 @@ def test_every_leaf_and_many_bytes_of_a_dataset(demos, tmp_path):
     files = [str(path.relative_to(demos)) for path in demos.rglob("*.parquet")]
     for name in files:
         size = (demos / name).stat().st_size
-        jobs += [(damage, name, at, int(rng.integers(1, 9))) for at in rng.integers(0, size, 1500).tolist()]
+        jobs += [
+            (damage, name, at, int(rng.integers(1, 9)))
+            for at in rng.integers(0, size, int(os.environ.get("DAMAGES", 1500))).tolist()
+        ]
     for start in range(0, len(jobs), 100):
         pid = os.fork()
         if pid == 0:
