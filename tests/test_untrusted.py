@@ -363,6 +363,14 @@ def test_what_a_wrong_checkpoint_is_refused_for(name, where, value, reason, chec
     one_line(error.value)
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_training_that_diverged_is_still_evaluated(name, checkpoints):
+    checkpoint = read_checkpoint(checkpoints[name])
+    for x in checkpoint["model"].values():
+        x.fill_(float("nan"))
+    assert np.isnan(SCRIPTS[name][0].make_policy(checkpoint)(OBSERVATIONS)).any()
+
+
 def test_a_file_is_not_read_in_two_ways(checkpoints, tmp_path):
     """Two archives in one file: the ZIP64 locator's offset leads to the first, which torch.load alone goes by."""
     first, second = io.BytesIO(), checkpoints["ppo"].read_bytes()
