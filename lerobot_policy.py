@@ -89,7 +89,7 @@ def check_lerobot(files: dict[str, torch.Tensor]) -> dict:
     if not isinstance(files, dict) or not all(LEROBOT_FILES.fullmatch(str(name)) for name in files):
         raise ValueError(f"these are not the files of a LeRobot policy: {SHORT.repr(files)}")
     if not set(LEROBOT_NEEDED) <= files.keys():
-        raise ValueError(f"these are not the files of a LeRobot policy: {', '.join(map(repr, files))}")
+        raise ValueError(f"these are not the files of a LeRobot policy: {', '.join(map(SHORT.repr, files))}")
     if not all(isinstance(x, torch.Tensor) and x.dtype == torch.uint8 and x.dim() == 1 for x in files.values()):
         raise ValueError("the files of the LeRobot policy are no bytes")
     name, parsed = "", {}
@@ -107,12 +107,14 @@ def check_lerobot(files: dict[str, torch.Tensor]) -> dict:
         steps = parsed["policy_preprocessor.json"]["steps"] + parsed["policy_postprocessor.json"]["steps"]
         steps = [(step.get("registry_name", step.get("class")), step.get("state_file")) for step in steps]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{name} of the LeRobot policy is damaged ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"{name} of the LeRobot policy is damaged ({type(error).__name__}: {str(error)[:200]})"
+        ) from error
     if kind not in ("act", "diffusion"):
-        raise ValueError(f"the LeRobot policy must be of type act or diffusion, found {kind!r}")
+        raise ValueError(f"the LeRobot policy must be of type act or diffusion, found {SHORT.repr(kind)}")
     if shapes != LEROBOT_FEATURES:
         raise ValueError(
-            f"the LeRobot policy must have the features {LEROBOT_FEATURES}, found {shapes}: "
+            f"the LeRobot policy must have the features {LEROBOT_FEATURES}, found {SHORT.repr(shapes)}: "
             "train it on a dataset of record_demos.py without --videos"
         )
     if types != LEROBOT_TYPES:  # for one of an image LeRobot would download a network that sees
@@ -126,9 +128,11 @@ def check_lerobot(files: dict[str, torch.Tensor]) -> dict:
         )
     for step, state_file in steps:
         if not LEROBOT_STEPS.fullmatch(str(step)):
-            raise ValueError(f"the LeRobot policy has a processor that is not known here: {step!r}")
+            raise ValueError(f"the LeRobot policy has a processor that is not known here: {SHORT.repr(step)}")
         if str(state_file) not in files and (state_file is not None or "normalizer" in step):
-            raise ValueError(f"the LeRobot policy lacks the statistics of its {step}: {state_file!r}")
+            raise ValueError(
+                f"the LeRobot policy lacks the statistics of its {SHORT.repr(step)[1:-1]}: {SHORT.repr(state_file)}"
+            )
     return config
 
 
