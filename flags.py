@@ -3,6 +3,7 @@
 `parse(Args)` reads the command line, `check_flags(args)` also checks the flags that a checkpoint holds.
 """
 
+import atexit
 import difflib
 import itertools
 import os
@@ -20,6 +21,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, 
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a process group, which its functions' defaults would keep for ever
 import tyro
 from tyro import _errors  # private, in the pinned version: the only way to errors of its own words
 
@@ -330,6 +332,7 @@ def find_processes() -> tuple[int, int]:
             raise ValueError(f"RANK {rank} and LOCAL_WORLD_SIZE {local_size} do not fit WORLD_SIZE {world_size}")
         if world_size > 1:
             dist.init_process_group()
+            atexit.register(dist.destroy_process_group)  # ends its threads while Python still runs: they hold tensors
     except (ValueError, RuntimeError, OverflowError) as error:
         fail(f"cannot be one of several processes, start them by torchrun: {str(error).splitlines()[0]}")
     return rank, world_size

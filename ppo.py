@@ -501,5 +501,3 @@ if __name__ == "__main__":
         policy = make_policy(checkpoint, device=device)
         results = report(policy, checkpoint, args.test_episodes, evaluations, run_dir, film=args.capture_video)
         writer.close()
-    if world_size > 1:
-        dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """What makes a training faster changes nothing of it: compiled, in several processes."""
 
+import os
 import re
 import shlex
 import signal
@@ -68,6 +69,23 @@ def test_two_processes_that_were_stopped_go_on(tmp_path):
     resumed = subprocess.run([*command, "--resume", f"runs/{run_dir.name}"], cwd=folder, capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
     torch.testing.assert_close(load_checkpoint(run_dir / "last.pt")["model"], checkpoint["model"], rtol=0, atol=0)
+
+
+def test_no_thread_of_the_group_outlives_python(tmp_path):
+    """One that frees a tensor while Python ends aborts the process, once in 60 trainings."""
+    (tmp_path / "script.py").write_text(
+        "import atexit, pathlib, torch\n"
+        "threads = lambda: [path.read_text().strip() for path in pathlib.Path('/proc/self/task').glob('*/comm')]\n"
+        "atexit.register(lambda: print('after', any('gloo' in name for name in threads())))\n"
+        "from flags import find_processes\n"
+        "find_processes()\n"
+        "torch.distributed.all_reduce(torch.optim.Adam([torch.zeros(1)]).param_groups[0]['params'][0])\n"
+        "print('before', any('gloo' in name for name in threads()))\n"
+    )
+    command = [sys.executable, *TORCHRUN, str(tmp_path / "script.py")]
+    result = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert sorted(result.stdout.splitlines()) == ["after False"] * 2 + ["before True"] * 2
 
 
 def test_what_cannot_be_shared_among_processes_is_an_error(tmp_path):
