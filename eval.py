@@ -664,25 +664,22 @@ if __name__ == "__main__":
     for name, policy in policies.items():
         results[name] = summarize(play_episodes(policy, seeds, env_kwargs[name], args.num_envs, progress=name))
     print(format_table(results))
-    try:
-        everything = {"policies": results, "args": asdict(args)}
-        if args.sweep:
-            everything["sweep"] = run_sweep(policies, env_kwargs, seeds, args.num_envs, args.sweep[0], values)
-            print(f"\nsuccess by {args.sweep[0]}:\n{format_sweep(everything['sweep'])}")
-            plot_sweep(everything["sweep"], output_dir / f"sweep_{args.sweep[0]}.png")
-            print(f"wrote {output_dir / f'sweep_{args.sweep[0]}.png'}")
-        write_json(output_dir / "results.json", everything)
-        print(f"wrote {output_dir / 'results.json'}")
-        if args.plot:
-            tape_half_size = next(iter(env_kwargs.values())).get("tape_half_size", EnvArgs.tape_half_size)
-            plot_results(results, output_dir / "results.png", tape_half_size)
-            print(f"wrote {output_dir / 'results.png'}")
-        if args.save_video:
-            first = next((name for name in policies if not name.startswith("base ")), next(iter(policies)))
-            chosen = choose_films(results[first]["episodes"], args.video_episodes)
-            for seed, kind in tqdm(chosen.items(), desc="filming", unit="ep", leave=False):
-                path = output_dir / f"{kind}_{seed}.{args.video_format}"
-                film_episode(policies, env_kwargs, seed, path, args.camera, args.video_height, args.video_stride)
-                tqdm.write(f"wrote {path}")
-    except OSError as error:
-        fail(f"cannot write to {output_dir}: {error}")
+    everything = {"policies": results, "args": asdict(args)}
+    if args.sweep:
+        everything["sweep"] = run_sweep(policies, env_kwargs, seeds, args.num_envs, args.sweep[0], values)
+        print(f"\nsuccess by {args.sweep[0]}:\n{format_sweep(everything['sweep'])}")
+        plot_sweep(everything["sweep"], output_dir / f"sweep_{args.sweep[0]}.png")
+        print(f"wrote {output_dir / f'sweep_{args.sweep[0]}.png'}")
+    write_json(output_dir / "results.json", everything)
+    print(f"wrote {output_dir / 'results.json'}")
+    if args.plot:
+        tape_half_size = next(iter(env_kwargs.values())).get("tape_half_size", EnvArgs.tape_half_size)
+        plot_results(results, output_dir / "results.png", tape_half_size)
+        print(f"wrote {output_dir / 'results.png'}")
+    if args.save_video:
+        first = next((name for name in policies if not name.startswith("base ")), next(iter(policies)))
+        chosen = choose_films(results[first]["episodes"], args.video_episodes)
+        for seed, kind in tqdm(chosen.items(), desc="filming", unit="ep", leave=False):
+            path = output_dir / f"{kind}_{seed}.{args.video_format}"
+            film_episode(policies, env_kwargs, seed, path, args.camera, args.video_height, args.video_stride)
+            tqdm.write(f"wrote {path}")
