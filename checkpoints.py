@@ -4,8 +4,8 @@
 
 Files are written whole or not at all. Damage is seen by the checksums of the ZIP format, which torch.save writes and
 torch.load does not look at. Files may come from strangers: nothing in them is executed, and no memory is taken for more
-than they hold. A run's folder holds `state.pt` and the one before it,
-`state_previous.pt`, which is taken if the first is damaged.
+than they hold. A run's folder holds `state.pt` and the one before it, `state_previous.pt`, which is taken if the first
+is damaged.
 """
 
 import hashlib
