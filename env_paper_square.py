@@ -252,6 +252,7 @@ class PaperSquareVectorEnv(VectorEnv):
         spec.compiler.discardvisual = True
         for element in (*spec.cameras, *spec.lights):
             spec.delete(element)
+        spec.memory = 2**19  # bytes for contacts, which take 27 kB; of the default, 15 MB, 2000 leave none to fork
         self.model = spec.compile()
         self.batch = Batch(self.model, num_envs, num_threads, persistent=True)
         self._block = 32 * self.batch.nthread  # environments stepped together, so few that the caches hold their data

@@ -345,10 +345,17 @@ def play_extremes(num_envs, num_steps, seed):
 
 def check_depths(watch, ids):
     for i in ids:
-        contacts = watch.envs.batch.get_data(int(i)).contact
+        data = watch.envs.batch.get_data(int(i))
+        assert data.maxuse_arena < watch.model.narena / 8  # room for contacts
+        contacts = data.contact
         for name, (first, second) in watch.pairs.items():
             distances = contacts.dist[(contacts.geom == [first, second]).all(axis=1)]
             assert_allclose(max(watch.depths(name, [i])[0], 0.0), -distances.min(initial=0.0), atol=1e-9, err_msg=name)
+
+
+def test_thousands_of_environments_leave_memory_for_other_programs():
+    """A process of more memory than the machine has, touched or not, cannot fork, as for ffmpeg at the end."""
+    assert PaperSquareVectorEnv(1).model.narena * 4096 < 4e9
 
 
 def test_extreme_actions_from_extreme_starts_break_no_physics():
