@@ -7,121 +7,95 @@ The policy is a base to be lifted: python ppo_residual.py --base-policy il --il-
 """
 
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.optim as optim
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import trange
 
 from base_policies import FrozenILPolicy
-from checkpoints import Stop, begin, fingerprint, fitting, make_run_dir, rebuild, restore, save_state
-from env_paper_square import OBS, EnvArgs, eval_kwargs
-from eval import check_rendering, report, validate
-from flags import check_flags, fail, find_device, parse
-from lerobot_dataset import load_demos
+from env_paper_square import EnvArgs, PaperSquareVectorEnv, eval_kwargs
+from eval import report, validate
+from lerobot_dataset import Frames, load_demos
+from runs import Real, Run, RunArgs, Whole, env_of, find_device, flags_of, parse, rebuild
 
 
 @dataclass
-class Args:
-    exp_name: str = Path(__file__).stem
-    """first part of the run's name; everything it writes is under runs/NAME"""
-    seed: int = 1
-    """seed of the network and the batches"""
-    torch_threads: int = 2
+class Args(RunArgs):
+    torch_threads: Whole[1, 256] = 2
     """torch's threads; there is no physics while it trains"""
-    num_threads: int = 0
+    num_threads: Whole[0, 1024] = 0
     """threads that step the physics of the evaluations; 0 takes all cores"""
-    device: Literal["cpu", "cuda", "auto"] = "cpu"
-    """where the networks are; auto takes cuda where there is one"""
-    resume: str = ""
-    """folder of a run, runs/NAME, that was stopped: go on with it, with its flags"""
-    save_freq: int = 500
+    save_freq: Whole[1, 10**10] = 500
     """gradient steps between saves of the state for --resume; it is also saved when the run is stopped"""
-    track: bool = False
-    """also log to Weights & Biases"""
-    wandb_project: str = "paper-square"
-    """project to log to with --track"""
-    capture_video: bool = False
-    """film one held-out episode at the end"""
-    log_freq: int = 100
+    log_freq: Whole[1, 10**7] = 100
     """gradient steps between rows of TensorBoard; the losses are means over them"""
-    eval_freq: int = 1000
+    eval_freq: Whole[1, 10**10] = 1000
     """gradient steps between evaluations on held-out validation episodes"""
-    eval_episodes: int = 100
-    """episodes of each such evaluation"""
-    test_episodes: int = 200
-    """held-out test episodes of the table at the end"""
 
     # Demonstrations
     dataset: str = "demos"
     """folder of the demonstrations, a LeRobotDataset v3.0"""
-    num_demos: int = 0
+    num_demos: Whole[0, 10**6] = 0
     """train on the first so many episodes of it; 0 takes all"""
     relative_actions: bool = True
     """predict joint targets relative to the measured joints, which are small; off: absolute ones, as LeRobot does"""
 
     # Imitation
-    train_steps: int = 2000
+    train_steps: Whole[1, 10**8] = 2000
     """gradient steps"""
-    batch_size: int = 128
+    batch_size: Whole[1, 65_536] = 128
     """frames per gradient step, each with its chunk"""
-    learning_rate: float = 1e-3
+    learning_rate: Real[1e-12, 1] = 1e-3
     """step size of AdamW"""
     anneal_lr: bool = True
     """anneal the step size linearly to zero"""
-    weight_decay: float = 1e-4
+    weight_decay: Real[0, 1] = 1e-4
     """weight decay of AdamW"""
-    chunk_size: int = 16
+    chunk_size: Whole[1, 400] = 16
     """joint targets that one observation predicts, k"""
-    n_action_steps: int = 8
+    n_action_steps: Whole[1, 400] = 8
     """how many of them are played before the next prediction"""
-    dim_model: int = 64
+    dim_model: Whole[1, 1024] = 64
     """width of the transformers"""
-    n_heads: int = 4
+    n_heads: Whole[1, 1024] = 4
     """attention heads; must divide dim_model"""
-    dim_feedforward: int = 128
+    dim_feedforward: Whole[1, 4096] = 128
     """width of their feed-forward layers"""
-    n_decoder_layers: int = 1
+    n_decoder_layers: Whole[1, 12] = 1
     """layers that turn queries into actions, attending to the observation"""
-    dropout: float = 0.1
+    dropout: Real[0, 0.99] = 0.1
     """dropout of the transformers"""
 
     # ACT
-    n_encoder_layers: int = 2
+    n_encoder_layers: Whole[1, 12] = 2
     """layers that encode the observation and z"""
-    n_vae_layers: int = 2
+    n_vae_layers: Whole[1, 12] = 2
     """layers of the CVAE's encoder, which acting does without"""
-    latent_dim: int = 8
+    latent_dim: Whole[1, 1024] = 8
     """size of z"""
-    kl_weight: float = 10.0
+    kl_weight: Real[0, 1e6] = 10.0
     """weight of the KL divergence of z from its prior, beta"""
-    temporal_ensemble_coeff: float = 0.0
+    temporal_ensemble_coeff: Real[0, 1e3] = 0.0
     """m: average all chunks' predictions for a step, weighted by exp(-m i), the oldest being i = 0; 0 plays chunks"""
 
-
-def check_args(args):
-    """Raise ValueError, one line for the user, for flags that do not fit each other."""
-    if args.n_action_steps > args.chunk_size:
-        raise ValueError(
-            f"--n-action-steps must not exceed --chunk-size {args.chunk_size}, found {args.n_action_steps}"
-        )
-    if args.batch_size * args.chunk_size * args.dim_model > 2**25:  # some GB of activations
-        raise ValueError(f"--batch-size times --chunk-size times --dim-model must not exceed {2**25:,}")
-    if args.dim_model % args.n_heads:
-        raise ValueError(f"--n-heads must divide --dim-model {args.dim_model}, found {args.n_heads}")
+    def __post_init__(self):
+        super().__post_init__()
+        if self.n_action_steps > self.chunk_size:
+            raise ValueError(f"--n-action-steps must not exceed --chunk-size {self.chunk_size}")
+        if self.batch_size * self.chunk_size * self.dim_model > 2**25:  # some GB of activations
+            raise ValueError(f"--batch-size times --chunk-size times --dim-model must not exceed {2**25:,}")
+        if self.dim_model % self.n_heads:
+            raise ValueError(f"--n-heads must divide --dim-model {self.dim_model}")
 
 
 class Normalizer(nn.Module):
     """From LeRobot's units to zero mean, unit deviation over the demonstrations, and back; saved with the weights."""
 
-    def __init__(self, relative_actions):
+    def __init__(self, relative_actions, sizes):
         super().__init__()
         self.relative_actions = relative_actions
-        for name, size in (("state", 6), ("environment_state", 14), ("action", 6)):
+        for name, size in sizes.items():
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
 
@@ -150,32 +124,33 @@ class Normalizer(nn.Module):
 
 
 class Network(nn.Module):
-    def __init__(self, args):
+    def __init__(self, args, sizes):
         super().__init__()
         self.chunk_size, self.n_action_steps = args.chunk_size, args.n_action_steps
         self.temporal_ensemble_coeff = args.temporal_ensemble_coeff
         self.latent_dim, self.sample = args.latent_dim, False
-        dim, sizes = args.dim_model, (args.dim_model, args.n_heads, args.dim_feedforward, args.dropout)
+        dim, layer = args.dim_model, (args.dim_model, args.n_heads, args.dim_feedforward, args.dropout)
         options = {"batch_first": True, "norm_first": True}  # normalised first, it needs no warm-up
-        encoder_layer = nn.TransformerEncoderLayer(*sizes, **options)
-        decoder_layer = nn.TransformerDecoderLayer(*sizes, **options)
-        self.normalizer = Normalizer(args.relative_actions)
+        encoder_layer = nn.TransformerEncoderLayer(*layer, **options)
+        decoder_layer = nn.TransformerDecoderLayer(*layer, **options)
+        self.normalizer = Normalizer(args.relative_actions, sizes)
 
         # CVAE encoder, over [CLS], state and chunk
-        self.vae_state_proj, self.vae_action_proj = nn.Linear(6, dim), nn.Linear(6, dim)
-        self.vae_cls = nn.Parameter(0.02 * torch.randn(1, 1, dim, device="cpu"))
-        self.vae_position = nn.Parameter(0.02 * torch.randn(1, 2 + args.chunk_size, dim, device="cpu"))
+        self.vae_state_proj, self.vae_action_proj = nn.Linear(sizes["state"], dim), nn.Linear(sizes["action"], dim)
+        self.vae_cls = nn.Parameter(0.02 * torch.randn(1, 1, dim))
+        self.vae_position = nn.Parameter(0.02 * torch.randn(1, 2 + args.chunk_size, dim))
         self.vae_encoder = nn.TransformerEncoder(encoder_layer, args.n_vae_layers, nn.LayerNorm(dim), False)
         self.vae_head = nn.Linear(dim, 2 * args.latent_dim)
 
         # Policy: an encoder over z, state and environment_state, and a decoder with a learned query per action
-        self.state_proj, self.environment_state_proj = nn.Linear(6, dim), nn.Linear(14, dim)
+        self.state_proj = nn.Linear(sizes["state"], dim)
+        self.environment_state_proj = nn.Linear(sizes["environment_state"], dim)
         self.latent_proj = nn.Linear(args.latent_dim, dim)
-        self.token = nn.Parameter(0.02 * torch.randn(1, 3, dim, device="cpu"))  # added, it says which token is which
+        self.token = nn.Parameter(0.02 * torch.randn(1, 3, dim))  # added, it says which token is which
         self.encoder = nn.TransformerEncoder(encoder_layer, args.n_encoder_layers, nn.LayerNorm(dim), False)
-        self.query = nn.Parameter(0.02 * torch.randn(1, args.chunk_size, dim, device="cpu"))
+        self.query = nn.Parameter(0.02 * torch.randn(1, args.chunk_size, dim))
         self.decoder = nn.TransformerDecoder(decoder_layer, args.n_decoder_layers, nn.LayerNorm(dim))
-        self.action_head = nn.Linear(dim, 6)
+        self.action_head = nn.Linear(dim, sizes["action"])
         for transformer in (self.vae_encoder, self.encoder, self.decoder):  # whose layers torch made as equal copies
             for parameter in transformer.parameters():
                 if parameter.dim() > 1:
@@ -203,33 +178,15 @@ class Network(nn.Module):
         return self.normalizer.unnormalize(chunks, state)
 
 
-def make_checkpoint(args, network, global_step):
-    """Everything that `make_policy` and eval.py need, as torch.load(weights_only=True) accepts it."""
-    return {
-        "script": Path(__file__).stem,
-        "args": asdict(args),
-        "env_kwargs": eval_kwargs(EnvArgs()),
-        "obs_names": list(OBS),
-        "model": network.state_dict(),
-        "global_step": global_step,
-    }
-
-
 def make_network(checkpoint):
-    """Rebuild the network from a checkpoint alone; raises ValueError if its parts do not fit."""
-    try:
-        args = Args(**checkpoint["args"])
-        check_flags(args)
-        check_args(args)
-        network = rebuild(lambda: Network(args), checkpoint["model"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"checkpoint does not fit {Path(__file__).name}: {error}") from error
-    return network.eval()
+    """Rebuild the network from a checkpoint alone; raises UserError if its parts do not fit."""
+    args, sizes = flags_of(Args, checkpoint), checkpoint["sizes"]
+    return rebuild(lambda: Network(args, sizes), checkpoint["model"]).eval()
 
 
 def make_policy(checkpoint, sample=False, device="cpu"):
     """The policy of a checkpoint alone, its `sample` drawing z from the prior; raises as `make_network`."""
-    policy = FrozenILPolicy(checkpoint, checkpoint["env_kwargs"]["act_scale"], device)
+    policy = FrozenILPolicy(checkpoint, env_of(checkpoint), checkpoint["env"]["kwargs"]["act_scale"], device)
     policy.network.sample = sample
     return policy
 
@@ -244,6 +201,15 @@ def make_chunks(action, episode, chunk_size):
     return action[t.minimum(last)], t <= last
 
 
+def make_frames(demos, network, chunk_size):
+    """The demonstrations in memory as the network sees them, whose statistics it takes of them."""
+    chunks, mask = make_chunks(demos["action"], demos["episode"], chunk_size)
+    network.normalizer.fit(demos["state"], demos["environment_state"], chunks, mask)
+    observations = network.normalizer.observation(demos["state"], demos["environment_state"])
+    chunks = network.normalizer.normalize(chunks, demos["state"])
+    return Frames(*observations, chunks, mask)
+
+
 def masked_mean(errors, mask):
     """Mean of errors (n, chunk_size, 6) over what the mask (n, chunk_size) leaves of the chunks."""
     return errors[mask].mean()
@@ -255,97 +221,42 @@ def kl_divergence(mean, logvar):
 
 
 if __name__ == "__main__":
-    args, run_dir, state = begin(parse(Args), Path(__file__).stem)
-    try:
-        check_args(args)
-        device = find_device(args.device)
-        demos = {key: torch.tensor(rows) for key, rows in load_demos(args.dataset, args.num_demos).items()}
-        if args.capture_video:
-            check_rendering()
-        if args.track:
-            import wandb
-        if state is None:
-            make_run_dir(run_dir, Path(__file__).stem, asdict(args))
-    except ImportError:
-        fail("--track needs Weights & Biases: pip install wandb")
-    except (ValueError, RuntimeError, OSError) as error:
-        fail(str(error))
-    if args.track:
-        names = {"id": run_dir.name, "name": run_dir.name, "resume": "allow"}  # after --resume, the same run
-        wandb.init(project=args.wandb_project, config=asdict(args), sync_tensorboard=True, **names)
-    writer = SummaryWriter(run_dir, purge_step=state["global_step"] + 1 if state else 0)
-    if not state:
-        writer.add_text("args", "\n".join(["|flag|value|", "|-|-|", *(f"|{k}|{v}|" for k, v in asdict(args).items())]))
-
+    args = parse(Args)
+    device = find_device(args.device)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.torch_threads)
 
-    # The whole dataset in memory, as the network sees it
-    network = Network(args)
-    normalizer = network.normalizer
-    chunks, mask = make_chunks(demos["action"], demos["episode"], args.chunk_size)
-    normalizer.fit(demos["state"], demos["environment_state"], chunks, mask)
-    states, environment_states = normalizer.observation(demos["state"], demos["environment_state"])
-    chunks = normalizer.normalize(chunks, demos["state"])
-    states, environment_states, chunks, mask = (x.to(device) for x in (states, environment_states, chunks, mask))
+    demos = {key: torch.tensor(rows) for key, rows in load_demos(args.dataset, args.num_demos).items()}
+    sizes = {key: demos[key].shape[1] for key in ("state", "environment_state", "action")}
+    network = Network(args, sizes)
+    frames = make_frames(demos, network, args.chunk_size)
+    del demos  # all that the training needs are the frames
     network.to(device)
+    frames.to(device)
     optimizer = optim.AdamW(network.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
 
-    # Evaluation on validation episodes, before the first update and every eval_freq steps
-    evaluations = []
+    run = Run(args, __file__, total=args.train_steps)
+    global_step, losses, seconds = 0, [], 0.0  # of the steps since the last log
 
-    def evaluate(global_step):
-        checkpoint = make_checkpoint(args, network, global_step)
-        policy, elapsed = make_policy(checkpoint, device=device), time.perf_counter() - start_time
-        row = validate(policy, checkpoint, args.eval_episodes, elapsed, evaluations, run_dir)
-        for key, value in row.items():
-            writer.add_scalar(f"eval/{key}", value, global_step)
-        writer.add_scalar("time/eval", evaluations[-1]["eval_seconds"], global_step)
+    def judge(how):
+        parts = {"model": network.state_dict(), "sizes": sizes}
+        checkpoint = run.checkpoint(PaperSquareVectorEnv, eval_kwargs(EnvArgs()), global_step, **parts)
+        how(run, make_policy(checkpoint, device=device), checkpoint)
 
-    start_time = update_start = time.perf_counter()
-    global_step, losses = 0, []
+    run.restore(globals())  # after --resume, all of the above is what it was when the run was saved
+    if global_step == 0:
+        judge(validate)
+    while global_step < args.train_steps:
+        run.save(globals(), global_step)  # now and then, and if the run is to stop, which it does here
+        global_step, step_start = global_step + 1, time.perf_counter()
 
-    # The state that --resume goes on from
-    parts = {"network": network, "optimizer": optimizer}
-
-    def make_state():
-        return {
-            "script": Path(__file__).stem,
-            "args": asdict(args),
-            "global_step": global_step,
-            "seconds": time.perf_counter() - start_time,
-            "evaluations": evaluations,
-            "rng": torch.get_rng_state(),
-            **{name: part.state_dict() for name, part in parts.items()},
-            "demos": fingerprint(demos),
-            "log": [torch.tensor(losses).reshape(len(losses), 2), time.perf_counter() - update_start],
-        }
-
-    if state:
-        with fitting(run_dir):
-            if fingerprint(demos) != state["demos"]:
-                raise ValueError(f"the demonstrations in {args.dataset} are not those that it began with")
-            restore(parts, state, make_state())
-            torch.set_rng_state(state["rng"])
-            global_step, evaluations = state["global_step"], state["evaluations"]
-            start_time -= state["seconds"]
-            losses, seconds = state["log"][0].tolist(), state["log"][1]
-            update_start -= seconds
-    else:
-        evaluate(0)
-        update_start = time.perf_counter()
-    stop = Stop()
-    bar = trange(global_step + 1, args.train_steps + 1, initial=global_step, total=args.train_steps, unit="step")
-
-    for global_step in bar:
         # Schedule
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = (1.0 - (global_step - 1) / args.train_steps) * args.learning_rate
 
         # Update
-        b_inds = torch.randint(len(chunks), (args.batch_size,))
-        b_states, b_environment_states = states[b_inds], environment_states[b_inds]
-        b_chunks, b_mask = chunks[b_inds], mask[b_inds]
+        b_inds = torch.randint(len(frames), (args.batch_size,))
+        b_states, b_environment_states, b_chunks, b_mask = frames[b_inds]
         mean, logvar = network.encode(b_states, b_chunks, b_mask)
         z = mean + (0.5 * logvar).exp() * torch.randn(mean.shape).to(device)
         l1_loss = masked_mean((network(z, b_states, b_environment_states) - b_chunks).abs(), b_mask)
@@ -358,8 +269,8 @@ if __name__ == "__main__":
 
         # Logging
         losses.append([l1_loss.item(), kl_loss.item()])
+        seconds += time.perf_counter() - step_start
         if global_step % args.log_freq == 0:
-            seconds = time.perf_counter() - update_start
             l1_mean, kl_mean = torch.tensor(losses).mean(0).tolist()
             scalars = {
                 "charts/learning_rate": optimizer.param_groups[0]["lr"],
@@ -368,26 +279,8 @@ if __name__ == "__main__":
                 "losses/kl_loss": kl_mean,
                 "time/update": seconds,
             }
-            for key, scalar in scalars.items():
-                writer.add_scalar(key, scalar, global_step)
-            bar.set_postfix(loss=f"{l1_mean:.3f}", eval=f"{evaluations[-1]['success_rate']:.2f}")
-            losses, update_start = [], time.perf_counter()
-
+            run.log(global_step, scalars, show="losses/l1_loss")
+            losses, seconds = [], 0.0
         if global_step % args.eval_freq == 0 or global_step == args.train_steps:
-            eval_start = time.perf_counter()
-            evaluate(global_step)
-            update_start += time.perf_counter() - eval_start
-
-        # Save the state now and then, and if asked to stop
-        if stop.number or global_step % args.save_freq == 0:
-            writer.flush()
-            save_state(make_state(), run_dir)
-        if stop.number:
-            bar.close()
-            stop.exit(run_dir)
-
-    # The result, on test episodes, which nothing was chosen by
-    checkpoint = make_checkpoint(args, network, global_step)
-    policy = make_policy(checkpoint, device=device)
-    results = report(policy, checkpoint, args.test_episodes, evaluations, run_dir, film=args.capture_video)
-    writer.close()
+            judge(validate)
+    judge(report)  # on test episodes, which nothing was chosen by

@@ -4,8 +4,8 @@ A base policy is called as `policy(obs) -> action`, with observations (num_envs,
 actions (num_envs, 6) in [-1, 1]; `policy.reset(mask)` takes the boolean mask (num_envs,) of the environments that just
 started an episode. `policy(obs, mask)` asks for the environments of the mask only, a row each.
 
-`make_base_policy(name, ...)` builds one by name; `python eval.py --policy jacobian` plays one. `BaseArgs` are the flags
-that the residual scripts inherit, `make_base(args)` builds what they ask for.
+`make_base(name, args, env)` builds one by name; `python eval.py --policy jacobian` plays one. A new one is a class, its
+line in `BASES`, and its flags in `BaseFlags`, all in this file.
 """
 
 import functools
@@ -19,17 +19,14 @@ import mujoco
 import numpy as np
 import torch
 
-from checkpoints import IL_SCRIPTS, fingerprint, load_checkpoint
-from env_paper_square import FINGERTIPS, JOINTS, OBS, SCENE_PATH, to_si
-from flags import did_you_mean
+from env_paper_square import FINGERTIPS, JOINTS, SCENE_PATH, PaperSquareVectorEnv
+from runs import Flags, Real, UserError, check_rows, load_checkpoint, load_module, pack, restored, unpack
 
-BASE_POLICIES = ("zero", "jacobian", "hybrid", "il")
 CONTACT_HEIGHT = 0.009  # m, the fingertip's centre on the sheet: 1 mm of card and the fingertip's radius of 8 mm
 ANGLE_WEIGHT = 0.05  # m per rad, of the fingers' pitch and heading against the fingertip's position
 NOMINAL_WAY = 0.18  # m, from the sheet's nominal start to the square
 
 # LeRobot's conventions for the SO-101: joints in degrees, the gripper in percent of its travel
-ENV_STATE = tuple(name for name in OBS if not name.startswith("joint_"))  # rows of observation.environment_state
 _ctrlrange = mujoco.MjModel.from_xml_path(str(SCENE_PATH)).actuator_ctrlrange  # (6, 2), rad
 LEROBOT_ZERO = np.array([0.0] * 5 + [_ctrlrange[5, 0]])  # rad
 LEROBOT_SCALE = np.array([180.0 / np.pi] * 5 + [100.0 / (_ctrlrange[5, 1] - _ctrlrange[5, 0])])  # per rad
@@ -45,64 +42,48 @@ def joints_to_rad(joints: np.ndarray) -> np.ndarray:
     return joints / LEROBOT_SCALE + LEROBOT_ZERO
 
 
-def to_lerobot(obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def env_state_rows(env: type) -> list[str]:
+    """The rows of observation.environment_state: all that an environment observes but the joints."""
+    return [name for name in env.OBS if not name.startswith("joint_")]
+
+
+def to_lerobot(obs: np.ndarray, env: type) -> tuple[np.ndarray, np.ndarray]:
     """Observations (num, obs_dim) as a dataset has them: state (num, 6) and environment_state (num, 14), float32.
 
     The state is in LeRobot's units; the environment state is what the observation holds of everything but the joints,
     scaled as there, because LeRobot does not normalise it.
     """
-    state = joints_to_lerobot(to_si(obs)[:, OBS["joint_pos"]])
-    environment_state = np.concatenate([obs[:, OBS[name]] for name in ENV_STATE], axis=1)
+    state = joints_to_lerobot(env.to_si(obs)[:, env.OBS["joint_pos"]])
+    environment_state = np.concatenate([obs[:, env.OBS[name]] for name in env_state_rows(env)], axis=1)
     return state.astype(np.float32), environment_state.astype(np.float32)
 
 
-def joint_targets(state: np.ndarray) -> np.ndarray:
+def joint_targets(state: np.ndarray, env: type) -> np.ndarray:
     """Where the servos are sent, (num, 6), rad, from observations in SI units (num, obs_dim)."""
-    return state[:, OBS["joint_pos"]] + state[:, OBS["joint_target_error"]]
+    return state[:, env.OBS["joint_pos"]] + state[:, env.OBS["joint_target_error"]]
 
 
-@dataclass
-class BaseFlags:
-    ik_gain: float = 0.5
-    """jacobian: share of the error made good per step"""
-    ik_damping: float = 0.01
-    """jacobian: damping of the least squares, m"""
-    ik_speed_limit: float = 0.01
-    """jacobian: largest joint step, rad"""
-    ik_press_depth: float = 0.0015
-    """jacobian: how far below contact the fingertip is sent, m"""
-    ik_hover_height: float = 0.025
-    """jacobian: height of the fingertip's centre away from the sheet, m"""
-    il_checkpoint: str = ""
-    """il: checkpoint of act.py or diffusion_policy.py, or a LeRobot pretrained_model folder"""
-    hybrid_bases: tuple[Literal["zero", "jacobian", "il"], ...] = ("jacobian", "zero")
-    """hybrid: the bases to combine"""
-    hybrid_weights: tuple[float, ...] = (0.5, 0.5)
-    """hybrid: a weight for each base"""
-    hybrid_mode: Literal["blend", "switch"] = "blend"
-    """hybrid: mean of the actions, or one base after the other along the sheet's way"""
+class BasePolicy:
+    """What base policies have in common. `checkpoint` is what a residual's checkpoint must hold of one besides flags.
 
+    All its attributes are its state, for --resume.
+    """
 
-@dataclass
-class BaseArgs(BaseFlags):
-    base_policy: Literal["zero", "jacobian", "hybrid", "il"] = "jacobian"
-    """frozen policy that the residual corrects"""
-
-
-class Stateless:
-    """A policy of the observation alone. One that remembers more says what, for --resume."""
+    checkpoint = None
 
     def reset(self, mask: np.ndarray) -> None:
-        pass
+        """Forget the episodes before; a policy of the observation alone has nothing to forget."""
 
     def state_dict(self) -> dict:
-        return {}
+        tensors = {}
+        return unpack(pack(vars(self), tensors, ""), tensors)
 
     def load_state_dict(self, state: dict) -> None:
-        pass
+        for name, value in state.items():
+            setattr(self, name, restored(getattr(self, name), value, name))
 
 
-class ZeroPolicy(Stateless):
+class ZeroPolicy(BasePolicy):
     """Holds still: with it, a residual script is pure RL."""
 
     def __call__(self, obs: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
@@ -154,7 +135,7 @@ def damped_step(jacobian: np.ndarray, motion: np.ndarray, damping: float) -> np.
     return (columns @ np.linalg.solve(damped, error[:, :, None]))[:, :, 0]
 
 
-class JacobianIKPolicy(Stateless):
+class JacobianIKPolicy(BasePolicy):
     """Press-and-drag by damped least squares: steers where the sheet lies and has no notion of its yaw.
 
     The phase follows from the observation alone and sets the fingertip's target:
@@ -172,8 +153,9 @@ class JacobianIKPolicy(Stateless):
     `press_depth` below contact sets the force of the press and nothing winds up. A step faster than `speed_limit` is
     scaled as a whole: clipped joint by joint it would point elsewhere.
 
-    Args: `act_scale` (rad per step, as the environment's), `gain` (share of the error made good per step), `damping`
-    (m), `speed_limit` (rad per step), `press_depth` (m), `hover_height` (m, of the fingertip's centre).
+    Args: `env` (the environment's class, whose observation it reads), `act_scale` (rad per step, as the environment's),
+    `gain` (share of the error made good per step), `damping` (m), `speed_limit` (rad per step), `press_depth` (m),
+    `hover_height` (m, of the fingertip's centre).
     """
 
     CENTRED_DISTANCE = 0.004  # m
@@ -186,6 +168,7 @@ class JacobianIKPolicy(Stateless):
 
     def __init__(
         self,
+        env: type = PaperSquareVectorEnv,
         act_scale: float = 0.02,
         gain: float = 0.5,
         damping: float = 0.01,
@@ -193,14 +176,15 @@ class JacobianIKPolicy(Stateless):
         press_depth: float = 0.0015,
         hover_height: float = 0.025,
     ):
-        self.act_scale, self.gain, self.damping, self.speed_limit = act_scale, gain, damping, speed_limit
+        self.env, self.act_scale, self.gain = env, act_scale, gain
+        self.damping, self.speed_limit = damping, speed_limit
         self.press_height = CONTACT_HEIGHT - press_depth
         self.hover_height = hover_height
         self.kinematics = ArmKinematics()
 
     def __call__(self, obs: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-        state = to_si(obs)  # (num_envs, obs_dim), SI units
-        joint_target = joint_targets(state)
+        state = self.env.to_si(obs)  # (num_envs, obs_dim)
+        joint_target = joint_targets(state, self.env)
         commanded, jacobian = self.kinematics(joint_target)
         pitch = joint_target[:, 1:4].sum(axis=1)  # rad, about three parallel axes
 
@@ -215,8 +199,10 @@ class JacobianIKPolicy(Stateless):
 
     def fingertip_target(self, state: np.ndarray, commanded: np.ndarray) -> np.ndarray:
         """The phases above; state (num_envs, obs_dim) and commanded fingertip (num_envs, 3) in SI units."""
-        sheet, fingertip = state[:, OBS["sheet_pos"]][:, :2], state[:, OBS["fingertip_pos"]]
-        to_square = state[:, OBS["sheet_to_square"]]
+        sheet, fingertip, to_square = (
+            state[:, self.env.OBS[name]] for name in ("sheet_pos", "fingertip_pos", "sheet_to_square")
+        )
+        sheet = sheet[:, :2]
         offset = np.linalg.norm(fingertip[:, :2] - sheet, axis=1)
         low = fingertip[:, 2] < self.LOW_HEIGHT
         centred = np.linalg.norm(to_square, axis=1) < self.CENTRED_DISTANCE
@@ -229,7 +215,7 @@ class JacobianIKPolicy(Stateless):
         return np.concatenate([commanded[:, :2] + way, height[:, None]], axis=1)
 
 
-class FrozenILPolicy:
+class FrozenILPolicy(BasePolicy):
     """An imitation-learned policy as a frozen base: of act.py, of diffusion_policy.py, or a LeRobot folder.
 
     From one observation the network predicts a chunk of absolute joint targets. Each environment has its own chunk and
@@ -240,14 +226,23 @@ class FrozenILPolicy:
     With a `temporal_ensemble_coeff` m above zero, as ACT has it (arXiv 2304.13705), all environments ask at every step,
     and the target is the mean of all chunks' predictions for that step, weighted by exp(-m i), the oldest being i = 0.
 
-    Args: `state`, what `load_il` returns; `act_scale` (rad per step, as the environment's); `device` of the network.
-    Raises ValueError if the parts do not fit, and, with a hint, if a LeRobot folder meets no lerobot: never a zero
-    policy.
+    Args: `checkpoint`, what `load_il` returns; `env` (the environment's class, whose observation it reads); `act_scale`
+    (rad per step, as the environment's); `device` of the network. Raises UserError if the parts do not fit, and, with a
+    hint, if a LeRobot folder meets no lerobot: never a zero policy.
     """
 
-    def __init__(self, state: dict, act_scale: float = 0.02, device: torch.device | str = "cpu"):
-        self.act_scale, self.device = act_scale, device
-        self.network, self.state, self.fingerprint = load_network(state).to(device), state, ""
+    def __init__(
+        self,
+        checkpoint: dict,
+        env: type = PaperSquareVectorEnv,
+        act_scale: float = 0.02,
+        device: torch.device | str = "cpu",
+    ):
+        self.checkpoint, self.env, self.act_scale, self.device = checkpoint, env, act_scale, device
+        if "env" in checkpoint:  # a LeRobot folder does not say
+            check_rows(checkpoint["env"]["rows"], env)
+        script = load_module(checkpoint["script"], "make_network", checkpoint.get("path", ""))
+        self.network = script.make_network(checkpoint).to(device)
         self.n_action_steps, self.coeff = self.network.n_action_steps, self.network.temporal_ensemble_coeff
         self.pointer = np.zeros(0, dtype=np.int64)  # next step of the chunk; or how many chunks an ensemble has
 
@@ -258,21 +253,12 @@ class FrozenILPolicy:
             self.pointer, mask = np.zeros(len(mask), dtype=np.int64), np.ones(len(mask), dtype=bool)
         self.pointer[mask] = 0 if self.coeff else self.n_action_steps  # none yet, or used up
 
-    def state_dict(self) -> dict:
-        self.fingerprint = self.fingerprint or fingerprint(self.state)
-        return {"chunks": self.chunks, "pointer": self.pointer, "fingerprint": self.fingerprint}
-
-    def load_state_dict(self, state: dict) -> None:
-        if state["fingerprint"] != fingerprint(self.state):
-            raise ValueError("its imitation-learned base has changed since the run began")
-        self.chunks[:], self.pointer[:] = np.asarray(state["chunks"]), np.asarray(state["pointer"])
-
     def __call__(self, obs: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         ids = np.arange(len(obs)) if mask is None else np.flatnonzero(mask)
         if len(self.pointer) == 0:
             self.reset(np.ones(len(obs) if mask is None else len(mask), dtype=bool))
         play = self.ensemble if self.coeff else self.play_chunk
-        return np.clip(play(obs, ids, joint_targets(to_si(obs))) / self.act_scale, -1.0, 1.0)
+        return np.clip(play(obs, ids, joint_targets(self.env.to_si(obs), self.env)) / self.act_scale, -1.0, 1.0)
 
     def play_chunk(self, obs: np.ndarray, ids: np.ndarray, joint_target: np.ndarray) -> np.ndarray:
         """Increments (ids, 6), rad, by the chunks that the environments `ids` are in."""
@@ -297,39 +283,45 @@ class FrozenILPolicy:
     def predict(self, obs: np.ndarray) -> np.ndarray:
         """Chunks of absolute joint targets (num, chunk_size, 6), rad, for observations (num, obs_dim)."""
         with torch.inference_mode():
-            chunk = self.network.predict(*(torch.from_numpy(part).to(self.device) for part in to_lerobot(obs)))
+            parts = [torch.from_numpy(part).to(self.device) for part in to_lerobot(obs, self.env)]
+            chunk = self.network.predict(*parts)
         return joints_to_rad(chunk.cpu().numpy())
 
 
-class HybridPolicy:
+class HybridPolicy(BasePolicy):
     """Several bases as one, by weight.
 
     `blend`: the weighted mean of their actions. `switch`: they take turns along the sheet's way to the square, each for
     the share of the way that is its weight (weights 0.7 and 0.3: the first acts until 70 % of the nominal 0.18 m lie
-    behind the sheet). Args: `policies`, `weights` (not negative, their sum positive; scaled to sum to one), `mode`.
-    Raises ValueError for weights or modes that it cannot use.
+    behind the sheet). Args: `policies`, `weights` (not negative, their sum positive; scaled to sum to one), `mode`,
+    `env` (the environment's class). Raises UserError for weights that it cannot use.
     """
 
-    def __init__(self, policies: Sequence, weights: Sequence[float], mode: str = "blend"):
-        if mode not in ("blend", "switch"):
-            raise ValueError(f"hybrid mode must be 'blend' or 'switch', found {mode!r}")
+    def __init__(
+        self,
+        policies: Sequence,
+        weights: Sequence[float],
+        mode: Literal["blend", "switch"] = "blend",
+        env: type = PaperSquareVectorEnv,
+    ):
         if len(policies) != len(weights) or not len(policies):
-            raise ValueError(
+            raise UserError(
                 f"hybrid needs one weight per base, found {len(policies)} bases and {len(weights)} weights: "
                 "see --hybrid-bases and --hybrid-weights"
             )
         if not (np.isfinite(weights).all() and min(weights) >= 0 and sum(weights) > 0):
-            raise ValueError(
+            raise UserError(
                 f"hybrid weights must not be negative and must not all be zero, found --hybrid-weights {list(weights)}"
             )
-        self.policies, self.mode = list(policies), mode
+        self.policies, self.mode, self.env = list(policies), mode, env
+        self.checkpoint = next((policy.checkpoint for policy in policies if policy.checkpoint), None)
         self.weights = np.asarray(weights, dtype=np.float64) / np.sum(weights)
 
     def __call__(self, obs: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         actions = np.stack([policy(obs, mask) for policy in self.policies])  # (bases, num_envs, 6)
         if self.mode == "blend":
             return np.tensordot(self.weights, actions, axes=1)
-        to_square = to_si(obs)[:, OBS["sheet_to_square"]]
+        to_square = self.env.to_si(obs)[:, self.env.OBS["sheet_to_square"]]
         progress = 1.0 - np.linalg.norm(to_square, axis=1) / NOMINAL_WAY
         progress = np.clip(progress, 0.0, np.nextafter(1.0, 0.0))  # a base of weight 0 gets no turn
         turn = np.searchsorted(np.cumsum(self.weights)[:-1], progress, side="right")  # (num_envs,), index of the base
@@ -339,97 +331,76 @@ class HybridPolicy:
         for policy in self.policies:
             policy.reset(mask)
 
-    def state_dict(self) -> dict:
-        return {"policies": [policy.state_dict() for policy in self.policies]}
-
-    def load_state_dict(self, state: dict) -> None:
-        for policy, part in zip(self.policies, state["policies"], strict=True):
-            policy.load_state_dict(part)
-
 
 @functools.cache
 def load_il(path: str) -> dict:
-    """What `FrozenILPolicy` needs, of a checkpoint of act.py or diffusion_policy.py, or a LeRobot folder; read once.
+    """What `FrozenILPolicy` needs, of a checkpoint of an imitation script, or a LeRobot folder; read once.
 
-    Raises ValueError, with one line for the user, if there is none at `path`.
+    Raises UserError if there is none at `path`.
     """
     if not path:
-        raise ValueError(
-            "base policy 'il' needs --il-checkpoint: a .pt file of act.py or diffusion_policy.py, or a LeRobot folder"
+        raise UserError(
+            "base policy 'il' needs --il-checkpoint: a checkpoint of act.py or diffusion_policy.py, or a LeRobot folder"
         )
     if Path(path).is_dir():
         return importlib.import_module("lerobot_policy").read_folder(Path(path))
-    state = load_checkpoint(path)
-    if state["script"] not in IL_SCRIPTS:
-        raise ValueError(f"{path} comes from {state['script']}.py, not from one of {', '.join(IL_SCRIPTS)}")
-    return state
+    return load_checkpoint(path)
 
 
-def load_network(state: dict):
-    """The network of an imitation-learned checkpoint, with `predict`, `chunk_size`, `n_action_steps`, ..."""
-    if state["script"] not in (*IL_SCRIPTS, "lerobot_policy"):  # a checkpoint does not get to choose what is imported
-        raise ValueError(f"the base comes from {state['script']!r}, not from one of {', '.join(IL_SCRIPTS)}")
-    return importlib.import_module(state["script"]).make_network(state)
+BASES = {  # by name, what builds it of the flags `args`, and of what `make_base` is given
+    "zero": lambda args, **_: ZeroPolicy(),
+    "jacobian": lambda args, env, act_scale, **_: JacobianIKPolicy(
+        env, act_scale, args.ik_gain, args.ik_damping, args.ik_speed_limit, args.ik_press_depth, args.ik_hover_height
+    ),
+    "il": lambda args, env, act_scale, checkpoint, device: FrozenILPolicy(
+        checkpoint or load_il(args.il_checkpoint), env, act_scale, device
+    ),
+    "hybrid": lambda args, env, **others: HybridPolicy(
+        [BASES[name](args, env=env, **others) for name in args.hybrid_bases], args.hybrid_weights, args.hybrid_mode, env
+    ),
+}
 
 
-def base_kwargs(args: BaseFlags) -> dict:
-    """The arguments of `make_base_policy` that are flags."""
-    return {
-        "il_checkpoint": args.il_checkpoint,
-        "hybrid_bases": args.hybrid_bases,
-        "hybrid_weights": args.hybrid_weights,
-        "hybrid_mode": args.hybrid_mode,
-        "gain": args.ik_gain,
-        "damping": args.ik_damping,
-        "speed_limit": args.ik_speed_limit,
-        "press_depth": args.ik_press_depth,
-        "hover_height": args.ik_hover_height,
-    }
+@dataclass
+class BaseFlags(Flags):
+    ik_gain: Real[1e-3, 2] = 0.5  # beyond 2 the error grows
+    """jacobian: share of the error made good per step"""
+    ik_damping: Real[1e-4, 1] = 0.01  # 0 would divide by it where the arm is stretched
+    """jacobian: damping of the least squares, m"""
+    ik_speed_limit: Real[1e-6, 3.2] = 0.01
+    """jacobian: largest joint step, rad"""
+    ik_press_depth: Real[0, 0.1] = 0.0015
+    """jacobian: how far below contact the fingertip is sent, m"""
+    ik_hover_height: Real[0, 0.4] = 0.025
+    """jacobian: height of the fingertip's centre away from the sheet, m"""
+    il_checkpoint: str = ""
+    """il: checkpoint of act.py or diffusion_policy.py, or a LeRobot pretrained_model folder"""
+    hybrid_bases: tuple[Literal[tuple(name for name in BASES if name != "hybrid")], ...] = ("jacobian", "zero")
+    """hybrid: the bases to combine"""
+    hybrid_weights: tuple[Real[0, 1e6], ...] = (0.5, 0.5)
+    """hybrid: a weight for each base"""
+    hybrid_mode: Literal["blend", "switch"] = "blend"
+    """hybrid: mean of the actions, or one base after the other along the sheet's way"""
 
 
-def make_base_policy(
+@dataclass
+class BaseArgs(BaseFlags):
+    base_policy: Literal[tuple(BASES)] = "jacobian"
+    """frozen policy that the residual corrects"""
+
+
+def make_base(
     name: str,
-    *,
-    il_checkpoint: str = "",
-    il_state: dict | None = None,
-    hybrid_bases: Sequence[str] = ("jacobian", "zero"),
-    hybrid_weights: Sequence[float] = (0.5, 0.5),
-    hybrid_mode: str = "blend",
+    args: BaseFlags,
+    env: type = PaperSquareVectorEnv,
     act_scale: float = 0.02,
+    checkpoint: dict | None = None,
     device: torch.device | str = "cpu",
-    **ik,
 ):
-    """Build the base policy `name`, one of zero, jacobian, hybrid, il.
+    """Build the base policy `name`, one of `BASES`, from the flags `args`, for an environment's class or instance.
 
-    `il_state` stands in for the file `il_checkpoint`; `device` is where an imitation-learned base has its network; `ik`
-    goes to `JacobianIKPolicy` as it is (`gain`, ...). Raises ValueError for an unknown name or arguments that do not
-    fit, and what `FrozenILPolicy` raises.
+    `checkpoint` is the `checkpoint` of a policy that was built so before: with it, no other file is needed. `device` is
+    where an imitation-learned base has its network. Raises UserError for flags that do not fit.
     """
-    if name == "zero":
-        return ZeroPolicy()
-    if name == "jacobian":
-        return JacobianIKPolicy(act_scale, **ik)
-    if name == "il":
-        return FrozenILPolicy(il_state or load_il(il_checkpoint), act_scale, device)
-    if name == "hybrid":
-        if "hybrid" in hybrid_bases:
-            raise ValueError("hybrid cannot be one of its own bases: choose from zero, jacobian, il")
-        common = {"il_checkpoint": il_checkpoint, "il_state": il_state, "act_scale": act_scale, "device": device, **ik}
-        return HybridPolicy([make_base_policy(base, **common) for base in hybrid_bases], hybrid_weights, hybrid_mode)
-    hint = did_you_mean(name, BASE_POLICIES)
-    raise ValueError(f"unknown base policy {name!r}: choose from {', '.join(BASE_POLICIES)}{hint}")
-
-
-def make_base(args: BaseArgs, il_state: dict | None = None, device: torch.device | str = "cpu"):
-    """Build the base policy that the flags of a residual script ask for; raises as `make_base_policy`.
-
-    `il_state` is what `base_state` returned for the same flags: with it, no other file is needed.
-    """
-    kwargs = {"act_scale": args.act_scale, "il_state": il_state, "device": device}
-    return make_base_policy(args.base_policy, **kwargs, **base_kwargs(args))
-
-
-def base_state(args: BaseArgs) -> dict | None:
-    """What a checkpoint must hold of its base besides the flags: what `load_il` read, or None."""
-    bases = args.hybrid_bases if args.base_policy == "hybrid" else (args.base_policy,)
-    return load_il(args.il_checkpoint) if "il" in bases else None
+    env = env if isinstance(env, type) else type(env.unwrapped)
+    return BASES[name](args, env=env, act_scale=act_scale, checkpoint=checkpoint, device=device)

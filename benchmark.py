@@ -30,14 +30,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
-from base_policies import make_base_policy
-from checkpoints import load_checkpoint
+from base_policies import BaseFlags, make_base
 from env_paper_square import OBS_DIM, PaperSquareVectorEnv
 from eval import RandomPolicy, align
-from flags import fail, parse
 from ppo_residual import Agent, make_policy
+from runs import ROOT, Flags, Real, UserError, Whole, load_checkpoint, parse
 
-ROOT = Path(__file__).resolve().parent
 CORES = os.cpu_count()
 NUM_ENVS, ROLLOUT = 128, 4096  # of ppo.py and ppo_residual.py: environments, and steps per rollout over all of them
 TRAININGS = {  # script: steps to train for; those of them at the start that do not count
@@ -53,20 +51,20 @@ sys.exit(status != 0)"""
 
 
 @dataclass
-class Args:
-    repeats: int = 3
+class Args(Flags):
+    repeats: Whole[1, 1000] = 3
     """how often everything is measured"""
-    seconds: float = 2.0
+    seconds: Real[1e-6, 3600] = 2.0
     """how long each row without a training is measured per repeat, s"""
-    num_envs: tuple[int, ...] = (1, 16, 64, 256, 1024)
+    num_envs: tuple[Whole[1, 32_768], ...] = (1, 16, 64, 256, 1024)
     """numbers of environments to step and, those above 1, to train with; powers of two up to 4096"""
-    warmup_steps: int = 400
+    warmup_steps: Whole[0, 10**6] = 400
     """steps of each environment before any is measured; after 400 the episodes are at all stages"""
-    bases: tuple[str, ...] = ("jacobian", "assets/act.pt", "assets/diffusion_policy.pt")
+    bases: tuple[str, ...] = ("jacobian", "assets/act.safetensors", "assets/diffusion_policy.safetensors")
     """base policies to measure: names, or checkpoints of imitation-learned ones"""
-    training_steps: int = 500_000
+    training_steps: Whole[0, 10**10] = 500_000
     """most steps that a script trains for; 0 leaves the trainings out"""
-    sb3_steps: int = 20_480
+    sb3_steps: Whole[0, 10**10] = 20_480
     """steps that Stable-Baselines3 trains for; 0 leaves it out"""
 
 
@@ -246,21 +244,21 @@ def spread(values: list[float], digits: str) -> str:
 if __name__ == "__main__":
     args = parse(Args)
     if not args.num_envs or any(ROLLOUT % n for n in args.num_envs):
-        fail(f"--num-envs must be powers of two from 1 to {ROLLOUT}, found {' '.join(map(str, args.num_envs))}")
+        raise UserError(f"--num-envs must be powers of two from 1 to {ROLLOUT}")
     if 0 < args.training_steps < 2 * ROLLOUT:
-        fail(f"--training-steps must be 0 or at least {2 * ROLLOUT}, two rollouts, found {args.training_steps}")
-    try:
-        bases = [make_base_policy("il" if os.path.exists(name) else name, il_checkpoint=name) for name in args.bases]
-    except ValueError as error:
-        fail(str(error))
+        raise UserError(f"--training-steps must be 0 or at least {2 * ROLLOUT}, two rollouts")
+    bases = [
+        make_base("il", BaseFlags(il_checkpoint=name)) if os.path.exists(name) else make_base(name, BaseFlags())
+        for name in args.bases
+    ]
     torch.set_num_threads(1)  # as in the training scripts
     torch.manual_seed(0)
 
     # What there is to measure
     workloads = {
         "random": RandomPolicy,
-        "jacobian": partial(make_base_policy, "jacobian"),
-        "residual": partial(make_policy, load_checkpoint(ROOT / "assets" / "ppo_residual.pt"), sample=True),
+        "jacobian": partial(make_base, "jacobian", BaseFlags()),
+        "residual": partial(make_policy, load_checkpoint(ROOT / "assets" / "ppo_residual.safetensors"), sample=True),
     }
     threads = sorted({2**i for i in range(CORES.bit_length()) if 2**i < CORES} | {CORES})
     games = {

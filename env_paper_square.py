@@ -9,6 +9,7 @@ The environment knows nothing of base policies or residuals. `EnvArgs` are the f
 """
 
 import atexit
+import copy
 import importlib
 import os
 import platform
@@ -26,6 +27,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from mujoco.batch import Batch
 
+from runs import Flags, Real, Whole, restored
+
 SCENE_PATH = Path(__file__).resolve().parent / "assets" / "paper_square.xml"
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 FINGERTIPS = ("fixed_fingertip", "moving_fingertip")  # sites; the first is the one that is steered
@@ -33,6 +36,7 @@ SHEET_HALF_SIZE = np.array([0.074, 0.0525])  # A6, m
 SQUARE_POS = np.array([0.19, 0.09])  # centre of the tape square, m
 TAPE_WIDTH = 0.0125  # m
 FLAT_HEIGHT = 0.01  # a corner higher than this is not on the table, m
+POLICY_HZ = 30  # steps per second
 
 # name -> (SI value at which the entry is zero, scale): centred on the start and of order one
 OBS_ROWS = {
@@ -60,32 +64,32 @@ def to_si(obs: np.ndarray) -> np.ndarray:
 
 
 @dataclass
-class EnvArgs:
-    act_scale: float = 0.02
+class EnvArgs(Flags):
+    act_scale: Real[1e-6, 3.2] = 0.02
     """largest change of a joint target per policy step, rad"""
-    tape_half_size: float = 0.08
+    tape_half_size: Real[0.001, 1] = 0.08
     """half the inside width of the tape square, m"""
     randomize: bool = True
     """randomise the sheet's pose, friction and mass at every reset (evaluations always do)"""
-    randomize_xy: float = 0.05
+    randomize_xy: Real[0, 1] = 0.05
     """largest offset of the sheet's start in x and y, m"""
-    randomize_yaw: float = 0.3
+    randomize_yaw: Real[0, 6.2832] = 0.3
     """largest yaw of the sheet's start, rad"""
-    randomize_friction: float = 0.2
+    randomize_friction: Real[0, 0.99] = 0.2
     """largest relative change of the friction coefficients"""
-    randomize_mass: float = 0.1
+    randomize_mass: Real[0, 0.99] = 0.1
     """largest relative change of the sheet's mass"""
-    success_weight: float = 10.0
+    success_weight: Real[-1e4, 1e4] = 10.0
     """reward, once, for a success"""
-    distance_weight: float = -2.0
+    distance_weight: Real[-1e4, 1e4] = -2.0
     """reward per m between the sheet's centre and the square's, each step"""
-    orientation_weight: float = -0.1
+    orientation_weight: Real[-1e4, 1e4] = -0.1
     """reward per rad between the sheet's yaw and a multiple of 90 degrees, each step"""
-    time_weight: float = -0.01
+    time_weight: Real[-1e4, 1e4] = -0.01
     """reward each step"""
-    reach_weight: float = 0.0
+    reach_weight: Real[-1e4, 1e4] = 0.0
     """reward per m between the fingertip and the sheet's centre, each step; negative draws the finger to the sheet"""
-    num_threads: int = 0
+    num_threads: Whole[0, 1024] = 0
     """threads that step the physics; 0 takes all cores"""
 
 
@@ -100,9 +104,22 @@ def eval_kwargs(args: EnvArgs) -> dict:
     Its own task, randomised by default as widely as any other's, or more widely if it was trained so; returns of
     different trainings compare, because the reward's weights are the default ones.
     """
-    scales = [field for field in fields(EnvArgs) if field.name.startswith("randomize_")]
-    widest = {field.name: max(field.default, getattr(args, field.name)) for field in scales}
-    return {"act_scale": args.act_scale, "tape_half_size": args.tape_half_size, **widest}
+    kwargs = {name: value for name, value in env_kwargs(args).items() if not name.endswith("_weight")}
+    for name in ("randomize", "num_threads"):
+        del kwargs[name]
+    scales = [field for field in fields(EnvArgs) if field.name in kwargs and field.name.startswith("randomize_")]
+    return kwargs | {field.name: max(field.default, kwargs[field.name]) for field in scales}
+
+
+def room(yaw_error: np.ndarray, tape_half_size: float) -> np.ndarray:
+    """How far from the square's centre a sheet with this yaw error may lie and fit, m, (..., 2).
+
+    The two bounds hold for the offsets along the square's sides, first along the side that the sheet's longer extent is
+    parallel to: the sheet fits if neither is exceeded. A negative first one: it does not fit, however well centred.
+    """
+    cos, sin = np.cos(yaw_error), np.sin(yaw_error)  # yaw_error in [0, pi / 4]
+    long, short = SHEET_HALF_SIZE
+    return tape_half_size - np.stack([long * cos + short * sin, long * sin + short * cos], axis=-1)
 
 
 class PaperSquareVectorEnv(VectorEnv):
@@ -177,8 +194,13 @@ class PaperSquareVectorEnv(VectorEnv):
     Raises ValueError for arguments, seeds or actions that it cannot use.
     """
 
-    _STATE = ("pair_friction", "_body_mass", "_body_inertia", "_joint_target", "_tape_half_size", "_hold_counter")
-    _STATE += ("_episode_steps", "paused")
+    # What observations hold, for whoever reads them: bases, evaluations, recordings
+    OBS_ROWS, OBS, OBS_DIM, OBS_SCALE, to_si = OBS_ROWS, OBS, OBS_DIM, OBS_SCALE, staticmethod(to_si)
+
+    # What no step changes, or what follows from the rest
+    _FIXED = {"model", "batch", "autoreset_mode", "metadata", "key_callback", "_fingertip", "fingertip_force"}
+    _FIXED |= {"single_action_space", "single_observation_space", "action_space", "observation_space"}
+    _FIXED |= {"_renderer", "_viewer", "_viewer_threads", "_next_frame", "_scene", "_scene_data"}
 
     def __init__(
         self,
@@ -200,7 +222,7 @@ class PaperSquareVectorEnv(VectorEnv):
         randomize_mass: float = 0.1,
         physics_hz: int = 360,
         control_hz: int = 180,
-        policy_hz: int = 30,
+        policy_hz: int = POLICY_HZ,
         num_threads: int = 0,
         autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP,
         render_mode: str | None = None,
@@ -369,24 +391,21 @@ class PaperSquareVectorEnv(VectorEnv):
         return observations, rewards, terminations, truncations, {**infos, **masks}
 
     def state_dict(self) -> dict:
-        """All that the coming steps depend on: arrays by name, and the states of the random generators."""
-        arrays = {name: getattr(self, name).copy() for name in self._STATE}
-        generators = [rng and rng.bit_generator.state for rng in self._rngs]
-        return {**arrays, "physics": self.batch.state.copy(), "square": self.tape_half_size, "generators": generators}
+        """All that the coming steps depend on: every attribute that is not `_FIXED`, and the physics."""
+        attributes = {name: value for name, value in vars(self).items() if name not in self._FIXED}
+        attributes["_rngs"] = [rng and rng.bit_generator.state for rng in self._rngs]
+        return copy.deepcopy({"attributes": attributes, "physics": np.asarray(self.batch.state)})
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from what `state_dict` returned of as many environments with the same arguments, to the same bits.
 
         Raises KeyError, TypeError or ValueError for anything else.
         """
-        for name in self._STATE:
-            getattr(self, name)[:] = np.asarray(state[name])
-        self.tape_half_size = float(state["square"])
-        for i, generator in enumerate(state["generators"]):
-            self._rngs[i] = np.random.default_rng()
-            self._rngs[i].bit_generator.state = generator
+        self._rngs = [generator and np.random.default_rng() for generator in state["attributes"]["_rngs"]]
+        for name, value in state["attributes"].items():
+            setattr(self, name, restored(getattr(self, name), value, name))  # arrays in place: many look into the batch
         self.batch.set_const()  # what MuJoCo derives from the masses
-        self.batch.state[:] = np.asarray(state["physics"])
+        self.batch.state[:] = state["physics"]
         self.batch.forward(None, mujoco.mjtStage.mjSTAGE_VEL.value)
 
     def render(self) -> tuple[np.ndarray, ...] | None:
@@ -527,12 +546,11 @@ class PaperSquareVectorEnv(VectorEnv):
 class PaperSquareEnv(gym.Env):
     """One environment of `PaperSquareVectorEnv`, which documents it and its arguments."""
 
-    metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 30}
+    metadata = {"render_modes": ["rgb_array", "human"], "render_fps": POLICY_HZ}
 
-    def __init__(self, render_mode: str | None = None, **kwargs):
-        self.envs = PaperSquareVectorEnv(
-            1, render_mode=render_mode, num_threads=1, autoreset_mode=AutoresetMode.DISABLED, **kwargs
-        )
+    def __init__(self, render_mode: str | None = None, num_threads: int = 1, **kwargs):
+        kwargs |= {"render_mode": render_mode, "num_threads": num_threads, "autoreset_mode": AutoresetMode.DISABLED}
+        self.envs = PaperSquareVectorEnv(1, **kwargs)
         self.render_mode = render_mode
         self.metadata = {**self.metadata, "render_fps": self.envs.metadata["render_fps"]}
         self.action_space = self.envs.single_action_space

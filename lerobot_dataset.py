@@ -14,14 +14,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from torch.utils.data import TensorDataset
 
-from base_policies import ENV_STATE
-from checkpoints import write_json, write_whole
-from env_paper_square import JOINTS, OBS
-from eval import POLICY_HZ, TEST_SEED, encode_mp4
-from flags import SHORT, check_folder
+from base_policies import env_state_rows
+from env_paper_square import JOINTS, POLICY_HZ, PaperSquareVectorEnv
+from eval import TEST_SEED
+from figures import encode_mp4
+from runs import UserError, digest, write_json, write_whole
 
 TASK = "Slide the sheet of paper into the tape square."
+KEYS = ("observation.state", "observation.environment_state", "action")  # that imitation needs
 CAMERAS = ("top", "side", "wrist")
 FLUSH_EPISODES = 25  # written at a time
 QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
@@ -33,10 +35,13 @@ MOST_BYTES = 2**32  # of one file, unpacked; LeRobot makes files of 100 MB
 MOST_TEXT = 2**24  # bytes of info.json, a thousand times what it takes
 
 
-def make_features(video_height: int = 0) -> dict[str, dict]:
-    """The features of info.json, in the order of the data's columns; with cameras if `video_height`, pixels."""
+def make_features(env: type = PaperSquareVectorEnv, video_height: int = 0) -> dict[str, dict]:
+    """The features of info.json, in the order of the data's columns; with cameras if `video_height`, pixels.
+
+    `env` is the class of the environment that is recorded.
+    """
     joints = [f"{joint}.pos" for joint in JOINTS]
-    rows = [f"{name}_{k}" for name in ENV_STATE for k in range(OBS[name].stop - OBS[name].start)]
+    rows = [f"{name}_{k}" for name in env_state_rows(env) for k in range(len(env.OBS_ROWS[name][0]))]
     video = {
         "video.height": video_height,
         "video.width": 4 * video_height // 3,
@@ -67,7 +72,7 @@ def make_features(video_height: int = 0) -> dict[str, dict]:
 
 @contextmanager
 def readable(root: Path) -> Iterator[None]:
-    """Turn whatever reading a dataset raises into a ValueError with one line for the user."""
+    """Turn whatever reading a dataset raises into a UserError."""
     try:
         yield
     except (
@@ -75,7 +80,7 @@ def readable(root: Path) -> Iterator[None]:
         pa.ArrowException,
     ) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"cannot use {root} as a dataset of demonstrations: {reason}") from error
+        raise UserError(f"cannot use {root} as a dataset of demonstrations: {reason}") from error
 
 
 def read_info(root: Path) -> dict:
@@ -89,10 +94,10 @@ def read_info(root: Path) -> dict:
         raise ValueError("its meta/info.json is too large")
     info = json.loads((root / "meta" / "info.json").read_text())
     if info["codebase_version"] != "v3.0":
-        raise ValueError(f"its codebase_version is {SHORT.repr(info['codebase_version'])}, not v3.0")
+        raise ValueError(f"its codebase_version is {info['codebase_version']!r:.100}, not v3.0")
     for key in ("total_episodes", "total_frames"):
         if type(info[key]) is not int or not 0 <= info[key] <= MOST_FRAMES:
-            raise ValueError(f"its {key} is {SHORT.repr(info[key])}, not a number from 0 to {MOST_FRAMES:,}")
+            raise ValueError(f"its {key} is {info[key]!r:.100}, not a number from 0 to {MOST_FRAMES:,}")
     return info
 
 
@@ -107,7 +112,7 @@ def read_table(path: Path, columns: Sequence[str]) -> pa.Table:
             while pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind) or pa.types.is_large_list(kind):
                 kind = kind.value_type
             if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
-                raise ValueError(f"its column {key} is of {SHORT.repr(kind)}, not of numbers")
+                raise ValueError(f"its column {key} is of {kind!r:.100}, not of numbers")
         # Of row groups: where the metadata of a column is damaged, asking for it ends the process (pyarrow 25)
         size = sum(file.metadata.row_group(k).total_byte_size for k in range(file.metadata.num_row_groups))
         if not (0 <= file.metadata.num_rows <= MOST_FRAMES and 0 <= size <= MOST_BYTES):
@@ -132,7 +137,7 @@ def read_frames(root: Path, info: dict, sizes: dict[str, int], num_episodes: int
         if key not in info["features"]:
             raise ValueError(f"it lacks the feature {key}")
         if list(info["features"][key]["shape"]) != [size]:
-            raise ValueError(f"its {key} has the shape {SHORT.repr(info['features'][key]['shape'])}, not [{size}]")
+            raise ValueError(f"its {key} has the shape {info['features'][key]['shape']!r:.100}, not [{size}]")
     episodes = read_episodes(root, info["total_episodes"], ("length", "data/chunk_index", "data/file_index"))
     lengths = episodes["length"].to_numpy()
     if not 0 < lengths.min() <= lengths.max() <= MOST_FRAMES or lengths.sum() > MOST_FRAMES:
@@ -141,7 +146,7 @@ def read_frames(root: Path, info: dict, sizes: dict[str, int], num_episodes: int
         raise ValueError(f"its meta/episodes does not hold the {info['total_frames']} frames of meta/info.json")
     episodes, lengths = episodes[:num_episodes], lengths[:num_episodes]
     if info["data_path"] != f"data/{PATH}.parquet":  # which could name any file
-        raise ValueError(f"its data_path is {SHORT.repr(info['data_path'])}, not LeRobot's data/{PATH}.parquet")
+        raise ValueError(f"its data_path is {info['data_path']!r:.100}, not LeRobot's data/{PATH}.parquet")
     files = zip(episodes["data/chunk_index"].to_pylist(), episodes["data/file_index"].to_pylist(), strict=True)
     names = [info["data_path"].format(chunk_index=chunk, file_index=file) for chunk, file in dict.fromkeys(files)]
     columns = list(dict.fromkeys(["episode_index", "frame_index", *sizes]))
@@ -167,12 +172,12 @@ def read_frames(root: Path, info: dict, sizes: dict[str, int], num_episodes: int
     return arrays
 
 
-def load_demos(root: str | Path, num_episodes: int = 0) -> dict[str, np.ndarray]:
+def load_demos(root: str | Path, num_episodes: int = 0, env: type = PaperSquareVectorEnv) -> dict[str, np.ndarray]:
     """Demonstrations of a LeRobotDataset v3.0, this script's or LeRobot's own, of its first episodes or (0) of all.
 
     Returns float32 arrays "state" (frames, 6) and "action" (frames, 6), joint angles and absolute joint targets in
-    LeRobot's units, "environment_state" (frames, 14), and "episode" (frames,) int64. Raises ValueError, with one line
-    for the user, if there is no such dataset, if it is damaged, or holds fewer episodes.
+    LeRobot's units, "environment_state" (frames, 14 for `env`, whose observation it must be), and "episode" (frames,)
+    int64. Raises UserError if there is no such dataset, if it is damaged, or holds fewer episodes.
     """
     root = Path(root)
     with readable(root):
@@ -180,13 +185,27 @@ def load_demos(root: str | Path, num_episodes: int = 0) -> dict[str, np.ndarray]
         total = info["total_episodes"]
         if total < max(num_episodes, 1):
             raise ValueError(f"it holds {total} episodes, and {max(num_episodes, 1)} are asked for")
-        sizes = {"observation.state": 6, "observation.environment_state": 14, "action": 6}
+        sizes = {key: make_features(env)[key]["shape"][0] for key in KEYS}
         arrays = read_frames(root, info, {**sizes, "episode_index": 1}, num_episodes or total)
         for key in sizes:
             if not np.isfinite(arrays[key]).all():
                 raise ValueError(f"its {key} is not finite everywhere")
     demos = {key.removeprefix("observation."): arrays[key].astype(np.float32, copy=False) for key in sizes}
     return demos | {"episode": arrays["episode_index"]}
+
+
+class Frames(TensorDataset):
+    """A training's frames in memory, `frames[indices]`; in its state a digest, since --resume must find the same."""
+
+    def to(self, device) -> None:
+        self.tensors = tuple(x.to(device) for x in self.tensors)
+
+    def state_dict(self) -> dict:
+        return {"sha256": digest({str(k): x.cpu() for k, x in enumerate(self.tensors)})}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state != self.state_dict():
+            raise ValueError("the demonstrations are not those that the run began with")
 
 
 def describe(values: np.ndarray) -> dict[str, np.ndarray]:
@@ -248,10 +267,10 @@ class Dataset:
             "video_path": f"videos/{{video_key}}/{PATH}.mp4" if self.cameras else None,
             "features": features,
         }
-        check_folder(root)
+        root.mkdir(parents=True, exist_ok=True)
         if any(file.is_file() and file.suffix != ".tmp" for file in root.rglob("*")):
             if not append:
-                raise ValueError(f"{root} is not empty: add to it with --append, or choose another --output-dir")
+                raise UserError(f"{root} is not empty: add to it with --append, or choose another --output-dir")
             with readable(root):
                 self.resume()
 
@@ -272,7 +291,7 @@ class Dataset:
                     size = 3 if key in self.cameras else self.info["features"][key]["shape"][0]
                     for name, value in values.items():
                         if value.dtype.kind not in "fiub" or len(value) != (1 if name == "count" else size):
-                            raise ValueError(f"its stats/{key}/{name} is {SHORT.repr(value.tolist())}")
+                            raise ValueError(f"its stats/{key}/{name} is {value.tolist()!r:.100}")
                     statistics.append(values)
         if self.num_files > max(total, 0):
             raise ValueError("its files have higher numbers than its episodes")
@@ -282,7 +301,7 @@ class Dataset:
                 raise ValueError("--append goes on with what record_demos.py recorded, and this has no seeds")
             last = max(json.loads(metadata[b"seeds"]))
             if type(last) is not int or not 0 <= last < TEST_SEED:
-                raise ValueError(f"its seeds go up to {SHORT.repr(last)}")
+                raise ValueError(f"its seeds go up to {last!r:.100}")
             self.next_seed = max(self.next_seed, 1 + last)
         counts = dict.fromkeys(("data", "meta/episodes"), self.num_files) | {
             f"videos/{key}": total for key in self.cameras
@@ -308,7 +327,7 @@ class Dataset:
         if not self.pending:
             return
         if not self.info_path.exists():
-            write_json(self.info_path, self.info, indent=4)  # of no episodes yet: whatever follows belongs to a dataset
+            write_json(self.info_path, self.info)  # of no episodes yet: whatever follows belongs to a dataset
         pending, self.pending = self.pending, []
         tables, rows = zip(*(self.lay_out(episode) for episode in pending), strict=True)
         chunk, file = divmod(self.num_files, PER_FOLDER)
@@ -320,8 +339,8 @@ class Dataset:
         write_parquet(self.root / "meta" / "tasks.parquet", [tasks_table()])
         self.statistics = {key: [merge(statistics)] for key, statistics in self.statistics.items()}
         merged = {key: self.to_lists(key, statistics) for key, (statistics,) in self.statistics.items()}
-        write_json(self.root / "meta" / "stats.json", merged, indent=4)
-        write_json(self.info_path, self.info, indent=4)
+        write_json(self.root / "meta" / "stats.json", merged)
+        write_json(self.info_path, self.info)
         self.num_files += 1
 
     def lay_out(self, episode: dict) -> tuple[pa.Table, dict]:

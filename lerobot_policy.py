@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from env_paper_square import JOINTS
-from flags import SHORT
+from runs import UserError
 
 # Its files (train_config.json holds nothing to play), the features that it must have been trained on, and the steps of
 # its processors, because LeRobot would import whatever they name
@@ -33,22 +33,22 @@ def read_folder(folder: Path) -> dict:
     paths = [path for path in sorted(folder.iterdir()) if LEROBOT_FILES.fullmatch(path.name) and path.is_file()]
     links = [path.name for path in paths if not path.resolve().is_relative_to(folder.resolve())]
     if links:  # a checkpoint would hold, and give away, what they lead to
-        raise ValueError(f"{folder} is refused, {links[0]} is a link out of it: put the file itself there")
+        raise UserError(f"{folder} is refused, {links[0]} is a link out of it: put the file itself there")
     lacking = [name for name in LEROBOT_NEEDED if name not in [path.name for path in paths]]
     if lacking:
-        raise ValueError(
+        raise UserError(
             f"{folder} is not a policy of LeRobot, it lacks {', '.join(lacking)}: give the folder "
             "OUT/checkpoints/STEP/pretrained_model that lerobot-train wrote"
         )
     size = sum(path.stat().st_size for path in paths)
     if size > LEROBOT_LIMIT:
-        raise ValueError(f"{folder} holds {size / 2**20:.0f} MiB: at most {LEROBOT_LIMIT // 2**20} MiB can be a base")
+        raise UserError(f"{folder} holds {size / 2**20:.0f} MiB: at most {LEROBOT_LIMIT // 2**20} MiB can be a base")
     files = {path.name: torch.from_numpy(np.fromfile(path, dtype=np.uint8)) for path in paths}
     return {"script": "lerobot_policy", "files": files}
 
 
 def parse_lerobot(name: str, content: torch.Tensor):
-    """A LeRobot folder's file from its bytes: a .json parsed, a .safetensors its header; raises ValueError if cut."""
+    """A LeRobot folder's file from its bytes: a .json parsed, a .safetensors its header; raises UserError if cut."""
     data = content.numpy().tobytes()
     if name.endswith(".json"):
         return json.loads(data)
@@ -56,42 +56,42 @@ def parse_lerobot(name: str, content: torch.Tensor):
     header = json.loads(data[8:start])
     end = start + max(entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__")
     if len(data) != end:
-        raise ValueError(f"{len(data)} bytes instead of {end}")
+        raise UserError(f"{len(data)} bytes instead of {end}")
     return header
 
 
 def check_sizes(value: object, name: str) -> None:
-    """Raise ValueError for numbers and lists, of the entry `name` of config.json, out of which no network is built."""
+    """Raise UserError for numbers and lists, of the entry `name` of config.json, out of which no network is built."""
     if isinstance(value, (dict, list)):
         for key, item in value.items() if isinstance(value, dict) else ((name, item) for item in value):
             check_sizes(item, key)
     largest = 400 if name in ("chunk_size", "horizon") else LEROBOT_LAYERS if "layers" in name else LEROBOT_LARGEST
     size = len(value) if isinstance(value, list) else abs(value) if isinstance(value, (int, float)) else 0
     if not size <= (LEROBOT_LAYERS if isinstance(value, list) else largest):  # which nan is not
-        raise ValueError(f"{name} is {SHORT.repr(value)}")
+        raise UserError(f"{name} is {value!r:.100}")
 
 
 def check_shapes(network: torch.nn.Module, files: dict[str, torch.Tensor]) -> None:
-    """Raise ValueError unless model.safetensors has the names and shapes of the network, which is on "meta"."""
+    """Raise UserError unless model.safetensors has the names and shapes of the network, which is on "meta"."""
     expected = {name: list(x.shape) for name, x in network.state_dict().items()}
     header = parse_lerobot("model.safetensors", files["model.safetensors"])
     found = {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
     odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if odd:
-        raise ValueError(f"{odd[0]} is {SHORT.repr(found.get(odd[0]))}, not {expected.get(odd[0])}")
+        raise UserError(f"{odd[0]} is {found.get(odd[0])!r:.100}, not {expected.get(odd[0])}")
 
 
 def check_lerobot(files: dict[str, torch.Tensor]) -> dict:
-    """The config.json of a LeRobot folder's files; raises ValueError, in one line, if they cannot be played as a base.
+    """The config.json of a LeRobot folder's files; raises UserError, in one line, if they cannot be played as a base.
 
     It goes before LeRobot, which would import modules and download files that they name, and do without statistics.
     """
     if not isinstance(files, dict) or not all(LEROBOT_FILES.fullmatch(str(name)) for name in files):
-        raise ValueError(f"these are not the files of a LeRobot policy: {SHORT.repr(files)}")
+        raise UserError(f"these are not the files of a LeRobot policy: {files!r:.100}")
     if not set(LEROBOT_NEEDED) <= files.keys():
-        raise ValueError(f"these are not the files of a LeRobot policy: {', '.join(map(SHORT.repr, files))}")
+        raise UserError(f"these are not the files of a LeRobot policy: {', '.join(map(repr, files))}")
     if not all(isinstance(x, torch.Tensor) and x.dtype == torch.uint8 and x.dim() == 1 for x in files.values()):
-        raise ValueError("the files of the LeRobot policy are no bytes")
+        raise UserError("the files of the LeRobot policy are no bytes")
     name, parsed = "", {}
     try:
         for name, content in files.items():
@@ -107,32 +107,28 @@ def check_lerobot(files: dict[str, torch.Tensor]) -> dict:
         steps = parsed["policy_preprocessor.json"]["steps"] + parsed["policy_postprocessor.json"]["steps"]
         steps = [(step.get("registry_name", step.get("class")), step.get("state_file")) for step in steps]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
+        raise UserError(
             f"{name} of the LeRobot policy is damaged ({type(error).__name__}: {str(error)[:200]})"
         ) from error
     if kind not in ("act", "diffusion"):
-        raise ValueError(f"the LeRobot policy must be of type act or diffusion, found {SHORT.repr(kind)}")
+        raise UserError(f"the LeRobot policy must be of type act or diffusion, found {kind!r:.100}")
     if shapes != LEROBOT_FEATURES:
-        raise ValueError(
-            f"the LeRobot policy must have the features {LEROBOT_FEATURES}, found {SHORT.repr(shapes)}: "
+        raise UserError(
+            f"the LeRobot policy must have the features {LEROBOT_FEATURES}, found {shapes!r:.100}: "
             "train it on a dataset of record_demos.py without --videos"
         )
     if types != LEROBOT_TYPES:  # for one of an image LeRobot would download a network that sees
-        raise ValueError(
-            f"the LeRobot policy must have features of the types {LEROBOT_TYPES}, found {SHORT.repr(types)}"
-        )
+        raise UserError(f"the LeRobot policy must have features of the types {LEROBOT_TYPES}, found {types!r:.100}")
     if history != 1 or scheduler != "DDIM":
-        raise ValueError(
+        raise UserError(
             "a LeRobot diffusion policy must act from one observation and draw no noise as it goes: train it with "
             "--policy.n_obs_steps=1 --policy.noise_scheduler_type=DDIM (the latter also works in its config.json)"
         )
     for step, state_file in steps:
         if not LEROBOT_STEPS.fullmatch(str(step)):
-            raise ValueError(f"the LeRobot policy has a processor that is not known here: {SHORT.repr(step)}")
+            raise UserError(f"the LeRobot policy has a processor that is not known here: {step!r:.100}")
         if str(state_file) not in files and (state_file is not None or "normalizer" in step):
-            raise ValueError(
-                f"the LeRobot policy lacks the statistics of its {SHORT.repr(step)[1:-1]}: {SHORT.repr(state_file)}"
-            )
+            raise UserError(f"the LeRobot policy lacks the statistics of its {step:.100}: {state_file!r:.100}")
     return config
 
 
@@ -140,7 +136,7 @@ class LeRobotNetwork:
     """A policy that LeRobot trained on a dataset of record_demos.py, run by LeRobot: its ACT, or its diffusion policy.
 
     The latter with DDIM (arXiv 2010.02502), from one noise for all observations, so that the base is a function of the
-    observation. Args: `files`, what a `pretrained_model` folder holds, (size,) uint8 by name. Raises ValueError, with
+    observation. Args: `files`, what a `pretrained_model` folder holds, (size,) uint8 by name. Raises UserError, with
     one line for the user, if they cannot be played or LeRobot is not installed.
     """
 
@@ -152,7 +148,7 @@ class LeRobotNetwork:
             from lerobot.policies.factory import get_policy_class, make_pre_post_processors
             from safetensors.torch import load_model
         except ImportError as error:
-            raise ValueError(
+            raise UserError(
                 "a LeRobot policy needs LeRobot: pip install lerobot==0.4.4, in an environment of its own that "
                 f"tests/test_lerobot.py describes ({str(error).splitlines()[0]})"
             ) from error
@@ -171,7 +167,7 @@ class LeRobotNetwork:
                 )
             except Exception as error:  # whatever LeRobot and its parsers raise
                 reason = " ".join(str(error).split())[:200]
-                raise ValueError(f"LeRobot cannot load the policy ({type(error).__name__}: {reason})") from error
+                raise UserError(f"LeRobot cannot load the policy ({type(error).__name__}: {reason})") from error
         self.n_action_steps = self.config.n_action_steps
         if self.config.type == "act":
             self.chunk_size, coeff = self.config.chunk_size, self.config.temporal_ensemble_coeff
@@ -188,6 +184,13 @@ class LeRobotNetwork:
         self.device = device
         return self
 
+    def state_dict(self) -> dict:
+        """Nothing: it is frozen."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
+
     def predict(self, state: torch.Tensor, environment_state: torch.Tensor) -> torch.Tensor:
         """Absolute joint targets (num, chunk_size, 6) for states (num, 6) and (num, 14), in LeRobot's units."""
         batch = self.pre({"observation.state": state, "observation.environment_state": environment_state})
@@ -200,5 +203,5 @@ class LeRobotNetwork:
 
 
 def make_network(state: dict) -> LeRobotNetwork:
-    """The network of what `read_folder` returned; raises ValueError as it does."""
+    """The network of what `read_folder` returned; raises UserError as it does."""
     return LeRobotNetwork(state["files"])

@@ -8,36 +8,37 @@
 act.py, diffusion_policy.py and LeRobot train on the folder. Interrupted, it keeps all whole episodes.
 """
 
-import importlib
+import shlex
 import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AutoresetMode, VectorEnv
 from tqdm import tqdm
 
 from base_policies import (
+    BASES,
     ArmKinematics,
     BaseFlags,
-    base_kwargs,
     damped_step,
     joint_targets,
     joints_to_lerobot,
-    make_base_policy,
+    make_base,
     to_lerobot,
 )
-from checkpoints import load_checkpoint
-from env_paper_square import JOINTS, PaperSquareVectorEnv, to_si
-from eval import POLICY_HZ, VALIDATION_SEED, check_rendering
-from flags import fail, find_device, parse
+from env_paper_square import JOINTS, POLICY_HZ, PaperSquareVectorEnv
+from eval import VALIDATION_SEED, load_policy
+from figures import check_rendering
 from lerobot_dataset import CAMERAS, FLUSH_EPISODES, Dataset, encode, make_features
+from runs import Real, UserError, Whole, find_device, parse
 
 GIVE_UP = 200  # failures in a row
 
@@ -68,27 +69,29 @@ TELEOP_DAMPING = 0.003  # m
 class Args(BaseFlags):
     output_dir: str = "demos"
     """folder of the dataset; must be new or empty, unless --append"""
-    model_path: str = "assets/ppo_residual.pt"
+    model_path: str = "assets/ppo_residual.safetensors"
     """checkpoint of the policy to record, which plays its mean action"""
-    policy: Literal["", "zero", "jacobian", "hybrid", "il"] = ""
+    script: str = ""
+    """play the checkpoint by this file, the source that a run keeps, instead of by the script beside record_demos.py"""
+    policy: Literal[("", *BASES)] = ""
     """base policy to record instead"""
     teleop: Literal["", "keyboard"] = ""
     """record a person instead, who drives the arm in MuJoCo's viewer; the keys are printed"""
-    num_episodes: int = 100
+    num_episodes: Whole[1, 10**6] = 100
     """episodes to write"""
     only_successes: bool = False
     """drop the episodes that fail, and play on until num_episodes succeeded"""
-    seed: int | None = None
+    seed: Whole[0, VALIDATION_SEED] | None = None
     """seed of the first episode; episode k, dropped ones counted, has seed + k (default: 0, or with --append the one
     after the largest that was recorded)"""
-    noise_std: float = 0.0
+    noise_std: Real[0, 10] = 0.0
     """standard deviation of the noise on the executed action, in units of the action; what is recorded is the action
     that the policy wanted there, as in DART (arXiv 1703.09327)"""
-    noise_correlation: float = 0.8
+    noise_correlation: Real[0, 0.999999] = 0.8
     """correlation of the noise between one step and the next"""
-    num_envs: int = 16
+    num_envs: Whole[1, 32_768] = 16
     """environments stepped together"""
-    num_threads: int = 0
+    num_threads: Whole[0, 1024] = 0
     """threads that step the physics; 0 takes all cores"""
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     """where the networks are; auto takes cuda where there is one"""
@@ -96,18 +99,17 @@ class Args(BaseFlags):
     """add to the dataset in output_dir"""
     videos: bool = False
     """also record the cameras top, side and wrist as MP4; much slower"""
-    video_height: int = 96
+    video_height: Whole[48, 960] = 96
     """height of the videos, pixels; they are 4:3"""
 
-
-def check_args(args: Args) -> None:
-    """Raise ValueError, one line for the user, for flags that do not fit each other."""
-    if args.seed is not None and args.seed > VALIDATION_SEED - args.num_episodes:
-        raise ValueError(f"--seed plus --num-episodes must lie below {VALIDATION_SEED}, where held-out episodes begin")
-    if args.video_height % 48:
-        raise ValueError(f"--video-height must be a multiple of 48, found {args.video_height}")
-    if args.teleop and args.noise_std:
-        raise ValueError("--noise-std is for policies: a person makes noise enough")
+    def __post_init__(self):
+        super().__post_init__()
+        if self.seed is not None and self.seed > VALIDATION_SEED - self.num_episodes:
+            raise ValueError(f"--seed plus --num-episodes must lie below {VALIDATION_SEED}, the held-out episodes")
+        if self.video_height % 48:
+            raise ValueError(f"--video-height must be a multiple of 48, found {self.video_height}")
+        if self.teleop and self.noise_std:
+            raise ValueError("--noise-std is for policies: a person makes noise enough")
 
 
 def draw_noise(seed: int, steps: int, std: float, correlation: float) -> np.ndarray:
@@ -120,7 +122,7 @@ def draw_noise(seed: int, steps: int, std: float, correlation: float) -> np.ndar
 
 def record_episodes(
     policy,
-    envs: PaperSquareVectorEnv,
+    envs: VectorEnv,
     first_seed: int,
     num_episodes: int,
     only_successes: bool = False,
@@ -133,7 +135,7 @@ def record_episodes(
 
     Ends after `num_episodes` that are kept, or when `stop()`. An episode holds the dataset's features by name, (length,
     size) or (length,), cameras as `encode` returns them, and its "seed". A policy with a `verdict` ends its episode by
-    "save" or "discard". Raises ValueError if success stays out or the held-out episodes are reached.
+    "save" or "discard". Raises UserError if success stays out or the held-out episodes are reached.
     """
     num_envs = envs.num_envs
     seeds = first_seed + np.arange(num_envs)
@@ -145,7 +147,7 @@ def record_episodes(
     while active.any() and not stop():
         if fresh.any():
             if seeds[fresh].max() >= VALIDATION_SEED:
-                raise ValueError(f"the seeds reach {VALIDATION_SEED}, where held-out episodes begin")
+                raise UserError(f"the seeds reach {VALIDATION_SEED}, where held-out episodes begin")
             obs, _ = envs.reset(seed=seeds.tolist(), options={"reset_mask": fresh})
             policy.reset(fresh)
             for i in np.flatnonzero(fresh):
@@ -156,8 +158,9 @@ def record_episodes(
                 film.append(envs.render_frame(i, camera))
 
         action = np.clip(policy(obs), -1.0, 1.0)
-        wanted = np.clip(joint_targets(to_si(obs)) + envs.act_scale * action, envs.ctrl_low, envs.ctrl_high)
-        state, environment_state = to_lerobot(obs)
+        wanted = joint_targets(envs.to_si(obs), envs) + envs.act_scale * action
+        wanted = np.clip(wanted, envs.ctrl_low, envs.ctrl_high)
+        state, environment_state = to_lerobot(obs, envs)
         executed = action + noise[np.arange(num_envs), [len(steps) for steps in frames]]
         obs, rewards, terminations, truncations, _ = envs.step(executed)
         verdict = getattr(policy, "verdict", "")
@@ -195,7 +198,7 @@ def record_episodes(
             failures = 0 if episode else failures + 1
             yield episode
             if failures == GIVE_UP:
-                raise ValueError(f"{GIVE_UP} episodes in a row failed, too many for --only-successes")
+                raise UserError(f"{GIVE_UP} episodes in a row failed, too many for --only-successes")
 
 
 class KeyboardPolicy:
@@ -205,7 +208,7 @@ class KeyboardPolicy:
     fixed length, which is then made at `PACE`. Args: `envs`, in mode "human"; `stop`, as of `record_episodes`.
     """
 
-    def __init__(self, envs: PaperSquareVectorEnv, stop: Callable[[], object]):
+    def __init__(self, envs: VectorEnv, stop: Callable[[], object]):
         self.envs, self.stop = envs, stop
         self.kinematics = ArmKinematics()
         self.keys = deque()  # pressed, not yet seen to; the viewer's thread appends
@@ -230,7 +233,8 @@ class KeyboardPolicy:
             self.envs.render()
         motion = np.clip(self.left, -PACE, PACE)
         self.left = self.left - motion
-        return motion_to_action(obs, motion[None], self.envs.act_scale, self.kinematics)
+        targets = joint_targets(self.envs.to_si(obs), self.envs)
+        return motion_to_action(targets, motion[None], self.envs.act_scale, self.kinematics)
 
 
 def key_to_motion(key: int) -> np.ndarray:
@@ -242,13 +246,15 @@ def key_to_motion(key: int) -> np.ndarray:
     return motion
 
 
-def motion_to_action(obs: np.ndarray, motion: np.ndarray, act_scale: float, kinematics: ArmKinematics) -> np.ndarray:
+def motion_to_action(
+    targets: np.ndarray, motion: np.ndarray, act_scale: float, kinematics: ArmKinematics
+) -> np.ndarray:
     """Actions (num_envs, 6) that move the fingertip's target by `motion` (num_envs, 6): x, y, z, pitch, roll, gripper.
 
-    Damped least squares on the joint targets; pitch and roll are the fingers' own, and stay as they are when the
-    fingertip moves. A step longer than `act_scale`, rad, is scaled as a whole.
+    `targets` (num_envs, 6) are the joint targets, rad. Damped least squares; pitch and roll are the fingers' own, and
+    stay as they are when the fingertip moves. A step longer than `act_scale`, rad, is scaled as a whole.
     """
-    _, jacobian = kinematics(joint_targets(to_si(obs)))
+    _, jacobian = kinematics(targets)
     step = damped_step(jacobian, motion[:, :5], TELEOP_DAMPING)  # (num_envs, 5), rad
     action = np.concatenate([step, motion[:, 5:]], axis=1) / act_scale
     return action / np.maximum(np.abs(action).max(axis=1, keepdims=True), 1.0)
@@ -256,40 +262,37 @@ def motion_to_action(obs: np.ndarray, motion: np.ndarray, act_scale: float, kine
 
 if __name__ == "__main__":
     args = parse(Args)
-    stopped = []  # signals that came
-    try:
-        check_args(args)
-        device = find_device(args.device)
-        if args.videos:
-            check_rendering()
-        env_kwargs = {"num_threads": args.num_threads, "autoreset_mode": AutoresetMode.DISABLED}
-        if args.teleop:
-            env_kwargs |= {"render_mode": "human", "max_episode_steps": TELEOP_STEPS}
-        elif args.policy:
-            policy = make_base_policy(args.policy, device=device, **base_kwargs(args))
-        else:
-            checkpoint = load_checkpoint(args.model_path)
-            policy = importlib.import_module(checkpoint["script"]).make_policy(checkpoint, device=device)
-            env_kwargs |= checkpoint["env_kwargs"]
-        if args.videos:
-            env_kwargs |= {"height": args.video_height, "width": 4 * args.video_height // 3}
-        features = make_features(args.video_height * args.videos)
-        dataset = Dataset(Path(args.output_dir), features, args.append, 1 if args.teleop else FLUSH_EPISODES)
-        first_seed = dataset.next_seed if args.seed is None else args.seed
-        torch.set_num_threads(1)  # the cores are for the physics
-        envs = PaperSquareVectorEnv(1 if args.teleop else min(args.num_envs, args.num_episodes), **env_kwargs)
+    device, stopped = find_device(args.device), []  # stopped: signals that came
+    if args.videos:
+        check_rendering()
+    task = PaperSquareVectorEnv
+    if args.teleop:
+        task = partial(task, render_mode="human", max_episode_steps=TELEOP_STEPS)
+    elif args.policy:
+        policy = make_base(args.policy, args, device=device)
+    else:
+        policy, task, _ = load_policy(args.model_path, args.script, device=device)
+    if args.videos:
+        task = partial(task, height=args.video_height, width=4 * args.video_height // 3)
+    torch.set_num_threads(1)  # the cores are for the physics
+    num_envs = 1 if args.teleop else min(args.num_envs, args.num_episodes)
+    envs = task(num_envs, num_threads=args.num_threads, autoreset_mode=AutoresetMode.DISABLED)
+    features = make_features(envs, args.video_height * args.videos)
+    dataset = Dataset(Path(args.output_dir), features, args.append, 1 if args.teleop else FLUSH_EPISODES)
+    first_seed = dataset.next_seed if args.seed is None else args.seed
 
-        def stop() -> bool:
-            return bool(stopped) or envs.viewer_closed
+    def stop() -> bool:
+        return bool(stopped) or envs.viewer_closed
 
-        if args.teleop:
-            policy = KeyboardPolicy(envs, stop)
-            envs.reset(seed=first_seed)
+    if args.teleop:
+        policy = KeyboardPolicy(envs, stop)
+        envs.reset(seed=first_seed)
+        try:
             envs.render()
-            print("\n".join(f"{name:10} {what}" for name, what, *_ in (*KEYS.values(), *VERDICTS.values())))
-            print("An episode begins with the first key and is saved at its end. ] is the view from above.")
-    except (ValueError, RuntimeError, OSError) as error:
-        fail(str(error))
+        except RuntimeError as error:  # no display
+            raise UserError(str(error)) from error
+        print("\n".join(f"{name:10} {what}" for name, what, *_ in (*KEYS.values(), *VERDICTS.values())))
+        print("An episode begins with the first key and is saved at its end. ] is the view from above.")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: stopped.append(number))
 
@@ -310,10 +313,11 @@ if __name__ == "__main__":
                 bar.update()
         finally:
             dataset.flush()
-    except OSError as error:
+    except OSError:
         bar.close()  # the error is the last line
-        fail(f"cannot write on: {error}; {args.output_dir} holds the episodes that were written before")
-    except ValueError as error:
+        print(f"{args.output_dir} holds the episodes that were written before", file=sys.stderr)
+        raise
+    except UserError as error:
         trouble = str(error)
     bar.close()
     envs.close()
@@ -324,9 +328,9 @@ if __name__ == "__main__":
             f"recorded in {time.perf_counter() - start:.0f} s"
         )
         total = f"{dataset.info['total_episodes']} episodes in {args.output_dir}"
-        print(f"{total}; train on them: python act.py --dataset {args.output_dir}")
+        print(f"{total}; train on them: {shlex.join(['python', 'act.py', '--dataset', args.output_dir])}")
     else:
         print("no episode was finished, and nothing written")
     if trouble:
-        fail(trouble)
+        raise UserError(trouble)
     sys.exit(128 + stopped[0] if stopped else 0)

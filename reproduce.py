@@ -33,19 +33,17 @@ from typing import Literal
 import numpy as np
 from scipy.stats import binomtest, bootstrap, mannwhitneyu, trim_mean
 
-from checkpoints import IL_SCRIPTS, write_whole
-from eval import pyplot, save_figure
-from flags import check_folder, did_you_mean, fail, parse
+from figures import pyplot, save_figure
+from runs import ROOT, Flags, UserError, Whole, parse, write_whole
 
-ROOT = Path(__file__).resolve().parent
 PURE_RL = "ppo.py --num-envs 64 --minibatch-size 512 --total-timesteps 1000000 --reach-weight -1"
 SHORT_PPO = "ppo_residual.py --total-timesteps 100000"  # stopped while it still learns
 SHORT_SAC = "sac_residual.py --total-timesteps 20000 --eval-freq 10000"
 QUICK = "--total-timesteps 1024 --num-envs 8 --eval-episodes 4"
 RECORD = "record_demos.py --num-episodes 100 --output-dir"
 ALPHA = "ppo_residual.py --alpha 0.3"
-ACT = "--il-checkpoint assets/act.pt"
-DIFFUSION = "--il-checkpoint assets/diffusion_policy.pt"
+ACT = "--il-checkpoint assets/act.safetensors"
+DIFFUSION = "--il-checkpoint assets/diffusion_policy.safetensors"
 BLEND = f"{ACT} --hybrid-bases jacobian il --hybrid-weights 0.7 0.3"
 WIDE = (
     "--randomize-xy 0.08 --randomize-yaw 1.5708"  # x 0.11 to 0.27 m, y -0.17 to -0.01 m; the sheet looks alike after pi
@@ -174,22 +172,22 @@ CURVE_COLUMNS = ("method", "seed", "step", "training_s", "success")
 
 
 @dataclass
-class Args:
+class Args(Flags):
     suite: Literal[tuple(SUITES)] = "paper"
     """what to run"""
     only: str = ""
     """run only the methods whose name contains this"""
-    seeds: int = 0
+    seeds: Whole[0, 1000] = 0
     """seeds per method, from 1; 0 takes the suite's own number"""
-    episodes: int = 0
+    episodes: Whole[0, 10**6] = 0
     """held-out test episodes of each run; 0 takes the suite's own number"""
-    cores_per_run: int = 1
+    cores_per_run: Whole[1, 1024] = 1
     """cores of each run; as many runs go side by side as the machine has cores for"""
     executor: Literal["local", "slurm"] = "local"
     """where the runs go: this machine, or a SLURM cluster, through submitit"""
     slurm_partition: str = ""
     """partition of the cluster"""
-    timeout_min: int = 240
+    timeout_min: Whole[1, 10**6] = 240
     """longest that a run may take, minutes"""
     output_dir: str = "results"
     """folder of the results; the project's own are in results, and what is there is not run again"""
@@ -209,7 +207,7 @@ def commands(method: str, command: str, seed: int, episodes: int, cores: int) ->
         return [[*evaluate, *flags, "--output-dir", f"runs/{name}"]]
     train = [script, *flags, "--seed", str(seed), "--num-threads", str(cores)]
     train += ["--exp-name", name, "--test-episodes", "1"]
-    return [train, [*evaluate, "--model-path", f"runs/{name}__{seed}__TIME/last.pt"]]
+    return [train, [*evaluate, "--model-path", f"runs/{name}__{seed}__TIME/last.safetensors"]]
 
 
 def run(method: str, command: str, seed: int, episodes: int, cores: int) -> tuple[dict, list[dict]]:
@@ -227,10 +225,10 @@ def run(method: str, command: str, seed: int, episodes: int, cores: int) -> tupl
     *train, evaluate = commands(method, command, seed, episodes, cores)
     folder, evaluations = Path(evaluate[-1]), []
     if train:
-        run_dir = Path(re.search(r"^wrote (\S+);", execute(train[0]), re.MULTILINE)[1])
+        run_dir = Path(re.search(r"^wrote (.+)$", execute(train[0]), re.MULTILINE)[1])
         evaluations = json.loads((run_dir / "results.json").read_text())["evaluations"]
         folder = run_dir / "test"
-        evaluate = [*evaluate[:-1], str(run_dir / "last.pt"), "--output-dir", str(folder)]
+        evaluate = [*evaluate[:-1], str(run_dir / "last.safetensors"), "--output-dir", str(folder)]
     execute(evaluate)
     (policy,) = json.loads((folder / "results.json").read_text())["policies"].values()
     row = {
@@ -420,7 +418,7 @@ def plot_curves(runs: list[dict], curves: list[dict], path: Path) -> None:
     methods = by_method(runs)
     for method, colour in colours(methods).items():
         rows = methods[method]
-        if rows[0]["command"].startswith(IL_SCRIPTS):  # their steps are gradient steps
+        if "--dataset" in rows[0]["command"]:  # steps of imitation are gradient steps
             continue
         if not of_run(rows[0], curves):  # nothing was trained
             success = solved(rows).mean()
@@ -526,14 +524,13 @@ def main(args: Args) -> int:
         return 0
     try:
         import submitit
-    except ImportError:
-        fail("reproduce.py hands its runs to submitit: pip install submitit==1.5.4")
+    except ImportError as error:
+        raise UserError("reproduce.py hands its runs to submitit: pip install submitit==1.5.4") from error
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        check_folder(args.output_dir)
         executor = submitit.AutoExecutor("runs/submitit", cluster=args.executor)
-        folder.mkdir(parents=True, exist_ok=True)
-    except (ValueError, RuntimeError, OSError) as error:  # no SLURM here, or no right to write here
-        fail(str(error))
+    except RuntimeError as error:  # no SLURM here
+        raise UserError(str(error)) from error
     executor.update_parameters(timeout_min=args.timeout_min, cpus_per_task=cores, name=f"paper_square_{args.suite}")
     if args.slurm_partition:
         executor.update_parameters(slurm_partition=args.slurm_partition)
@@ -572,14 +569,15 @@ def main(args: Args) -> int:
 if __name__ == "__main__":
     args = parse(Args)
     if args.executor == "local" and args.cores_per_run > available_cores():
-        fail(f"--cores-per-run must not exceed the {available_cores()} cores of this machine")
+        raise UserError(f"--cores-per-run must not exceed the {available_cores()} cores of this machine")
     if not any(args.only in method for method in SUITES[args.suite].methods):
         names = SUITES[args.suite].methods
-        fail(f"--only must be part of a method's name: {', '.join(names)}{did_you_mean(args.only, names)}")
+        raise UserError(f"--only must be part of a method's name: {', '.join(names)}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # either way, the runs under way end too
     try:
         sys.exit(1 if main(args) else 0)
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")
     except (OSError, subprocess.CalledProcessError) as error:  # a full disk, a recording of demonstrations that failed
-        fail(f"{error}; what {args.output_dir} held is intact, and the same command goes on from here")
+        intact = f"what {args.output_dir} held is intact, and the same command goes on from here"
+        raise UserError(f"{error}; {intact}") from error

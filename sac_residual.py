@@ -8,130 +8,99 @@ ppo_residual.py in the algorithm only. `--base-policy zero --alpha 1` is plain S
     python sac_residual.py      # 3 minutes on two cores: base 39 %, residual 99 % of held-out episodes
 """
 
-import os
 import time
-from collections import defaultdict, deque
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.optim as optim
 import tyro
 from torch.distributions.normal import Normal
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-from base_policies import BaseArgs, base_state, make_base
-from checkpoints import Stop, begin, fitting, make_run_dir, rebuild, restore, save_state
-from env_paper_square import OBS, OBS_DIM, EnvArgs, env_kwargs, eval_kwargs
-from eval import VALIDATION_SEED, check_rendering, report, validate
-from flags import fail, find_device, find_processes, parse
+from base_policies import BaseArgs, make_base
+from env_paper_square import EnvArgs, env_kwargs, eval_kwargs
+from eval import report, validate
+from runs import Episodes, Real, Run, RunArgs, Whole, env_of, find_device, flags_of, parse, rebuild
 
 
 @dataclass
-class Args(EnvArgs, BaseArgs):
-    exp_name: str = Path(__file__).stem
-    """first part of the run's name; everything it writes is under runs/NAME"""
-    seed: int = 1
-    """seed of the network, the exploration and the training episodes"""
-    torch_threads: int = 1
-    """torch's threads; more than one fights the physics for the cores of a small machine"""
-    device: Literal["cpu", "cuda", "auto"] = "cpu"
-    """where the networks are; auto takes cuda where there is one"""
-    resume: str = ""
-    """folder of a run, runs/NAME, that was stopped: go on with it, with its flags"""
-    save_freq: int = 10_000
+class Args(RunArgs, EnvArgs, BaseArgs):
+    save_freq: Whole[1, 10**10] = 10_000
     """environment steps between saves of the state for --resume; it is also saved when the run is stopped"""
-    track: bool = False
-    """also log to Weights & Biases"""
-    wandb_project: str = "paper-square"
-    """project to log to with --track"""
-    capture_video: bool = False
-    """film one held-out episode at the end"""
-    eval_freq: int = 5_000
+    eval_freq: Whole[1, 10**10] = 5_000
     """environment steps between evaluations on held-out validation episodes"""
-    eval_episodes: int = 100
-    """episodes of each such evaluation"""
-    test_episodes: int = 200
-    """held-out test episodes of the table at the end"""
     curriculum: bool = False
     """shrink the square linearly from curriculum_start to tape_half_size over the first half of the training"""
-    curriculum_start: float = 0.12
+    curriculum_start: Real[0.001, 1] = 0.12
     """tape_half_size at the start of the curriculum, m"""
 
     # SAC
-    total_timesteps: int = 60_000
+    total_timesteps: Whole[1, 10**10] = 60_000
     """environment steps to train for, over all environments"""
-    num_envs: Annotated[int, tyro.conf.arg(aliases=["--n-envs"])] = 16
+    num_envs: Annotated[Whole[1, 32_768], tyro.conf.arg(aliases=["--n-envs"])] = 16
     """environments stepped together"""
-    buffer_size: int = 200_000
+    buffer_size: Whole[1, 10**7] = 200_000
     """transitions that the replay buffer holds, over all environments"""
-    batch_size: int = 256
+    batch_size: Whole[1, 65_536] = 256
     """transitions per gradient step"""
-    utd: float = 0.5
+    utd: Real[1e-4, 100] = 0.5
     """update-to-data ratio: gradient steps per environment step (arXiv 2509.19301)"""
-    learning_rate: float = 1e-3
+    learning_rate: Real[1e-12, 1] = 1e-3
     """step size of Adam, for actor, critics and temperature"""
-    gamma: float = 0.99
+    gamma: Real[0, 1] = 0.99
     """discount factor; turning the sheet pays off a hundred steps later"""
-    tau: float = 0.005
+    tau: Real[1e-6, 1] = 0.005
     """share of the critics that goes into their targets at each gradient step"""
-    n_step: int = 3
+    n_step: Whole[1, 400] = 3
     """rewards that are summed before the critics take over (arXiv 2509.19301)"""
-    policy_frequency: int = 2
+    policy_frequency: Whole[1, 10**6] = 2
     """gradient steps of the critics per gradient step of the actor"""
     layer_norm: bool = True
     """layer normalisation in the critics (arXiv 2302.02948, arXiv 2602.10539)"""
     autotune: bool = True
     """tune the temperature towards the target entropy (arXiv 1812.05905)"""
-    target_entropy_scale: float = 1.0
+    target_entropy_scale: Real[-10, 10] = 1.0
     """target entropy, in units of minus the number of action dimensions"""
-    temperature: float = 0.01
+    temperature: Real[1e-9, 1e3] = 0.01
     """temperature, the weight of the entropy; with autotune, where it starts"""
-    reward_scale: float = 0.1
+    reward_scale: Real[1e-6, 1e3] = 0.1
     """factor on the rewards that the agent sees, so that returns are of order one"""
-    hidden_size: int = 128
+    hidden_size: Whole[1, 4096] = 128
     """width of the two hidden layers"""
-    init_std: float = 0.4
+    init_std: Real[1e-3, 10] = 0.4
     """standard deviation of the exploration at the start, in units of the action, before the tanh"""
 
     # the residual
-    alpha: float = 0.5
+    alpha: Real[0, 1] = 0.5
     """authority of the residual, from 0 to 1"""
     alpha_schedule: Literal["constant", "linear"] = "constant"
     """linear: alpha goes from alpha_start to alpha_end over the training"""
-    alpha_start: float = 0.3
+    alpha_start: Real[0, 1] = 0.3
     """alpha at the start of the linear schedule"""
-    alpha_end: float = 1.0
+    alpha_end: Real[0, 1] = 1.0
     """alpha at the end of the linear schedule"""
-    residual_penalty: float = 0.001
+    residual_penalty: Real[0, 1e3] = 0.001
     """reward lost per squared norm of the residual action, each step"""
     base_input: bool = True
     """show the base action to actor and critic"""
     zero_init: bool = True
     """start the mean of the residual at zero (arXiv 1812.06298)"""
-    learning_starts: int = 5_000
+    learning_starts: Whole[0, 10**10] = 5_000
     """environment steps at the start in which the base acts, and nothing is learned (arXiv 2602.10539)"""
-    warmup_std: float = 0.3
+    warmup_std: Real[0, 10] = 0.3
     """standard deviation of the residual in those steps, so that they tell what it does (arXiv 2509.19301)"""
-    prog_explore: int = 0
+    prog_explore: Whole[0, 10**10] = 0
     """H: after t steps the residual acts with probability t / H, otherwise the base alone (arXiv 2412.13630)"""
 
-
-def check_args(args):
-    """Raise ValueError, one line for the user, for flags that do not fit each other."""
-    if args.total_timesteps < args.num_envs:
-        raise ValueError(f"--total-timesteps must be at least --num-envs {args.num_envs}, found {args.total_timesteps}")
-    if args.buffer_size < args.num_envs * args.n_step:
-        raise ValueError(f"--buffer-size must hold n_step steps of each environment, found {args.buffer_size}")
-    if args.seed * args.num_envs >= VALIDATION_SEED - args.num_envs:
-        raise ValueError(f"--seed times --num-envs must lie below {VALIDATION_SEED}, where held-out episodes begin")
-    make_base(args)  # a base that cannot be built is an error now, before anything is written
+    def __post_init__(self):
+        super().__post_init__()
+        if self.total_timesteps < self.num_envs:
+            raise ValueError(f"--total-timesteps must be at least --num-envs {self.num_envs}")
+        if self.buffer_size < self.num_envs * self.n_step:
+            raise ValueError(f"--buffer-size must hold n_step steps of each environment, {self.num_envs * self.n_step}")
 
 
 def alpha_at(args, global_step):
@@ -159,12 +128,7 @@ class ResidualPolicy:
 
     def reset(self, mask):
         self.base_policy.reset(mask)
-
-
-def layer_init(layer, std=np.sqrt(2), bias_const=0.0):
-    torch.nn.init.orthogonal_(layer.weight, std)
-    torch.nn.init.constant_(layer.bias, bias_const)
-    return layer
+        self.agent_policy.reset(mask)
 
 
 def mlp(input_dim, hidden_size, output_dim, layer_norm=False):
@@ -231,7 +195,7 @@ class AgentPolicy:
         return action.tanh().cpu().numpy()
 
     def reset(self, mask):
-        pass
+        """Forget the episodes before, of the environments in the mask (num_envs,): nothing here, a memory in a copy."""
 
 
 class ReplayBuffer:
@@ -253,17 +217,14 @@ class ReplayBuffer:
         self.size = min(self.size + 1, self.capacity)
 
     def state_dict(self):
-        tensors = {name: x[: self.size].clone() for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        """The part that is filled, for --resume."""
+        tensors = {name: x[: self.size] for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
         return {"pos": self.pos, "size": self.size, **tensors}
 
     def load_state_dict(self, state):
-        """Raises ValueError for another buffer's state."""
-        if not (0 <= state["pos"] < self.capacity and 0 <= state["size"] <= self.capacity):
-            raise ValueError(f"its buffer holds more than {self.capacity} steps")
-        for name, x in vars(self).items():
-            if isinstance(x, torch.Tensor):
-                x[: state["size"]] = state[name]
-        self.pos, self.size = state["pos"], state["size"]
+        self.pos, self.size = state.pop("pos"), state.pop("size")
+        for name, x in state.items():
+            getattr(self, name)[: self.size] = x
 
     def sample(self, batch_size, n_step, gamma):
         """A batch by name; `returns` are of n steps, fewer where the episode or the buffer ends before."""
@@ -292,109 +253,33 @@ def n_step_returns(rewards, ends, gamma):
     return (before * discounts * rewards).sum(1), before.sum(1)
 
 
-def make_checkpoint(args, actor, global_step):
-    """Everything that `make_policy` and eval.py need, as torch.load(weights_only=True) accepts it."""
-    return {
-        "script": Path(__file__).stem,
-        "args": asdict(args),
-        "env_kwargs": eval_kwargs(args),
-        "obs_names": list(OBS),
-        "model": actor.state_dict(),
-        "global_step": global_step,
-        "base": base_state(args),
-    }
-
-
 def make_policy(checkpoint, sample=False, device="cpu"):
-    """Rebuild the policy from a checkpoint alone, networks on `device`; raises ValueError if its parts do not fit."""
-    try:
-        args = Args(**checkpoint["args"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"checkpoint does not fit {Path(__file__).name}: {error}") from error
-    actor = rebuild(
-        lambda: Actor(OBS_DIM + 6 * args.base_input, 6, args.hidden_size, args.init_std), checkpoint["model"]
-    )
+    """Rebuild the policy from a checkpoint alone, networks on `device`; raises UserError if its parts do not fit."""
+    args, env = flags_of(Args, checkpoint), env_of(checkpoint)
+    obs_dim = env.OBS_DIM + 6 * args.base_input
+    actor = rebuild(lambda: Actor(obs_dim, 6, args.hidden_size, args.init_std), checkpoint["model"])
     policy = AgentPolicy(actor.to(device), sample)
-    base_policy = make_base(args, checkpoint.get("base"), device)
-    alpha = alpha_at(args, checkpoint["global_step"])
-    return ResidualPolicy(policy, base_policy, alpha, args.base_input)
+    base_policy = make_base(args.base_policy, args, env, args.act_scale, checkpoint["base"], device)
+    return ResidualPolicy(policy, base_policy, alpha_at(args, checkpoint["global_step"]), args.base_input)
 
 
 if __name__ == "__main__":
-    args, run_dir, state = begin(parse(Args), Path(__file__).stem)
-
-    # Several processes, by torchrun: each steps its share of the environments and differentiates its share of every
-    # batch. All draw the same random numbers and hold the same weights; the first one evaluates and writes.
-    rank, world_size = find_processes()
-    num_envs = args.num_envs // world_size
-    own_envs, own_samples = slice(rank * num_envs, (rank + 1) * num_envs), slice(rank, None, world_size)
-    num_threads = args.num_threads
-    if world_size > 1:
-        num_threads = num_threads or max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-    def gather(x, dim=0):
-        """The tensors x of all processes as one, along dim."""
-        if world_size == 1:
-            return x
-        parts = [torch.empty_like(x) for _ in range(world_size)]
-        dist.all_gather(parts, x)
-        return torch.cat(parts, dim)
-
-    def average_gradients(parameters):
-        """Replace the gradients by their means over the processes."""
-        if world_size > 1:
-            gradients = [parameter.grad for parameter in parameters]
-            total = nn.utils.parameters_to_vector(gradients)
-            dist.all_reduce(total)
-            nn.utils.vector_to_parameters(total / world_size, gradients)
-
-    def gather_objects(x):
-        """The objects x of all processes, a list."""
-        parts = [x] * world_size
-        if world_size > 1:
-            dist.all_gather_object(parts, x)
-        return parts
-
-    try:
-        check_args(args)
-        if args.num_envs % world_size or args.batch_size % world_size:
-            raise ValueError(f"--num-envs and --batch-size must be divisible by the {world_size} processes")
-        device = find_device(args.device)
-        if args.capture_video:
-            check_rendering()
-        if args.track:
-            import wandb
-        if rank == 0 and state is None:
-            make_run_dir(run_dir, Path(__file__).stem, asdict(args))
-    except ImportError:
-        fail("--track needs Weights & Biases: pip install wandb")
-    except (ValueError, RuntimeError, OSError) as error:
-        fail(str(error))
-    if rank == 0:
-        if args.track:
-            names = {"id": run_dir.name, "name": run_dir.name, "resume": "allow"}  # after --resume, the same run
-            wandb.init(project=args.wandb_project, config=asdict(args), sync_tensorboard=True, **names)
-        writer = SummaryWriter(run_dir, purge_step=state["global_step"] + 1 if state else 0)
-        if not state:
-            writer.add_text(
-                "args", "\n".join(["|flag|value|", "|-|-|", *(f"|{k}|{v}|" for k, v in asdict(args).items())])
-            )
-
+    args = parse(Args)
+    device = find_device(args.device)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.torch_threads)
 
     envs = gym.make_vec(
         "PaperSquare-v0",
-        num_envs=num_envs,
+        num_envs=args.num_envs,
         vectorization_mode="vector_entry_point",  # autoreset mode SAME_STEP
-        **{**env_kwargs(args), "num_threads": num_threads},
+        **env_kwargs(args),
     )
     # The first episodes end early, each at another time: in step, every rollout would hold one phase of an episode only
     episode_steps = np.arange(args.num_envs) * envs.max_episode_steps // args.num_envs
-    first_seed = args.seed * args.num_envs + own_envs.start
-    next_obs, _ = envs.reset(seed=first_seed, options={"episode_steps": episode_steps[own_envs]})
-    base_policy = make_base(args, device=device)
-    base_policy.reset(np.ones(num_envs, dtype=bool))
+    next_obs, _ = envs.reset(seed=args.seed * args.num_envs, options={"episode_steps": episode_steps})
+    base_policy = make_base(args.base_policy, args, envs, args.act_scale, device=device)
+    base_policy.reset(np.ones(args.num_envs, dtype=bool))
     base_action = base_policy(next_obs)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     x_dim = obs_dim + (action_dim if args.base_input else 0)
@@ -414,95 +299,22 @@ if __name__ == "__main__":
     temperature_optimizer = optim.Adam([log_temperature], lr=args.learning_rate, fused=True)
     rb = ReplayBuffer(args.buffer_size // args.num_envs, args.num_envs, obs_dim, action_dim)
 
-    # Evaluation on validation episodes, before the first update and every eval_freq steps
-    evaluations = []
-
-    def evaluate(global_step):
-        checkpoint = make_checkpoint(args, actor, global_step)
-        policy, elapsed = make_policy(checkpoint, device=device), time.perf_counter() - start_time
-        row = validate(policy, checkpoint, args.eval_episodes, elapsed, evaluations, run_dir)
-        for key, value in row.items():
-            writer.add_scalar(f"eval/{key}", value, global_step)
-        writer.add_scalar("time/eval", evaluations[-1]["eval_seconds"], global_step)
-
-    start_time = time.perf_counter()
-    global_step = 0
-    episode_returns = np.zeros(num_envs)
-    episode_lengths = np.zeros(num_envs)
-    physics_resets = 0
-    last_episodes = defaultdict(lambda: deque(maxlen=100))
-    step_sums, losses = defaultdict(float), {}
     num_iterations = args.total_timesteps // args.num_envs
-    gradient_steps, updates_due, last_log = 0, 0.0, 0
+    run = Run(args, __file__, total=num_iterations * args.num_envs)
+    episodes = Episodes(args.num_envs)
+    global_step, gradient_steps, updates_due = 0, 0, 0.0
+    last_log, seconds, losses = 0, np.zeros(2), {}  # seconds: of collecting and updating, since the last log
 
-    # The state that --resume goes on from
-    parts = {"actor": actor, "qf1": qf1, "qf2": qf2, "qf1_target": qf1_target, "qf2_target": qf2_target, "rb": rb}
-    parts |= {"actor_optimizer": actor_optimizer, "q_optimizer": q_optimizer}
-    parts |= {"temperature_optimizer": temperature_optimizer}
+    def judge(how):
+        parts = {"model": actor.state_dict(), "base": base_policy.checkpoint}
+        checkpoint = run.checkpoint(envs, eval_kwargs(args), global_step, **parts)
+        how(run, make_policy(checkpoint, device=device), checkpoint)
 
-    def make_state():
-        own = {  # of this process
-            "envs": envs.state_dict(),
-            "base": [base_policy.state_dict(), base_action],
-            "next_obs": next_obs,
-            "episodes": [episode_returns, episode_lengths],
-            "physics_resets": physics_resets,
-            "last_episodes": dict(last_episodes),
-            "log": [last_log, step_sums, {key: float(loss) for key, loss in losses.items()}],
-        }
-        return {
-            "script": Path(__file__).stem,
-            "args": asdict(args),
-            "global_step": global_step,
-            "seconds": time.perf_counter() - start_time,
-            "evaluations": evaluations,
-            "rng": torch.get_rng_state(),
-            **{name: part.state_dict() for name, part in parts.items()},
-            "log_temperature": log_temperature.detach(),
-            "updates": [gradient_steps, updates_due],
-            "processes": gather_objects(own),
-        }
-
-    if state:
-        with fitting(run_dir):
-            if len(state["processes"]) != world_size:
-                raise ValueError(f"it takes {len(state['processes'])} processes, as before")
-            restore(parts, state, make_state())
-            log_temperature.data[:] = state["log_temperature"]
-            gradient_steps, updates_due = state["updates"]
-            torch.set_rng_state(state["rng"])
-            global_step, evaluations = state["global_step"], state["evaluations"]
-            start_time -= state["seconds"]
-            own = state["processes"][rank]
-            envs.load_state_dict(own["envs"])
-            base_policy.load_state_dict(own["base"][0])
-            base_action[:] = np.asarray(own["base"][1])
-            next_obs[:] = np.asarray(own["next_obs"])
-            episode_returns[:], episode_lengths[:] = map(np.asarray, own["episodes"])
-            physics_resets = own["physics_resets"]
-            for key, last in own["last_episodes"].items():
-                last_episodes[key].extend(last)
-            last_log, sums, losses = own["log"]
-            losses = {key: float(loss) for key, loss in losses.items()}  # TypeError for a list
-            for key, total in sums.items():
-                step_sums[key] += total
-    elif rank == 0:
-        evaluate(0)
-    bar = tqdm(total=num_iterations * args.num_envs, initial=last_log, unit="step", unit_scale=True, disable=rank > 0)
-    stop = Stop()
-
+    run.restore(globals())  # after --resume, all of the above is what it was when the run was saved
+    if global_step == 0:
+        judge(validate)
     for iteration in range(global_step // args.num_envs + 1, num_iterations + 1):
-        # Save the state now and then, and if asked to stop
-        stopping = gather(torch.tensor([stop.number])).max().item()
-        if stopping or global_step % args.save_freq < args.num_envs:
-            state = make_state()
-            if rank == 0:
-                writer.flush()
-                save_state(state, run_dir)
-        if stopping:
-            bar.close()
-            gather(torch.zeros(1))  # all wait for the first process
-            stop.exit(run_dir)
+        run.save(globals(), global_step)  # now and then, and if the run is to stop, which it does here
 
         # Schedules
         progress = (iteration - 1) / num_iterations
@@ -515,7 +327,7 @@ if __name__ == "__main__":
         global_step += args.num_envs
         obs = next_obs
         warmup = global_step <= args.learning_starts
-        noise = torch.randn(args.num_envs, action_dim)[own_envs]
+        noise = torch.randn(args.num_envs, action_dim)
         if warmup:
             residual_action = (args.warmup_std * noise).clamp(-1.0, 1.0).numpy()
         else:
@@ -523,36 +335,20 @@ if __name__ == "__main__":
                 x = torch.from_numpy(append_base(obs, base_action, args.base_input)).to(device)
                 residual_action = actor.get_action(x, noise.to(device))[0].cpu().numpy()
             if global_step < args.prog_explore:
-                residual_action *= (torch.rand(args.num_envs, 1)[own_envs] < global_step / args.prog_explore).numpy()
+                residual_action *= (torch.rand(args.num_envs, 1) < global_step / args.prog_explore).numpy()
         alpha = alpha_at(args, global_step)
         action = np.clip(base_action + alpha * residual_action, -1.0, 1.0)
 
         next_obs, reward, terminations, truncations, infos = envs.step(action)
         done = terminations | truncations
 
-        # The price of the residual, and what to log of it
+        # The price of the residual
         penalty = args.residual_penalty * np.square(residual_action).sum(axis=1)
         reward = reward - penalty
-        step_sums["residual/penalty"] -= penalty.sum()
-        step_sums["residual/norm"] += np.linalg.norm(residual_action, axis=1).sum()
-        step_sums["residual/base_norm"] += np.linalg.norm(base_action, axis=1).sum()
-        step_sums["residual/alpha"] += alpha * num_envs
-        last_episodes["residual/success_rate"].extend(terminations[done])
+        norm, base_norm = (np.linalg.norm(x, axis=1) for x in (residual_action, base_action))
+        episodes.sum("residual", penalty=-penalty, norm=norm, base_norm=base_norm, alpha=np.full_like(norm, alpha))
 
-        episode_returns += reward
-        episode_lengths += 1
-        for info in (infos, infos.get("final_info", {})):
-            for key, term in info.items():
-                if key.startswith("reward/"):
-                    step_sums[key] += term.sum()
-        if done.any():
-            last_episodes["rollout/ep_rew_mean"].extend(episode_returns[done])
-            last_episodes["rollout/ep_len_mean"].extend(episode_lengths[done])
-            last_episodes["rollout/success_rate"].extend(terminations[done])
-            physics_resets += infos["final_info"]["physics_reset"].sum()
-            last_episodes["task/dist_to_goal"].extend(infos["final_info"]["dist_to_goal"][done])
-            last_episodes["task/orientation_error"].extend(infos["final_info"]["orientation_error"][done])
-            episode_returns[done] = episode_lengths[done] = 0
+        episodes.add(reward, terminations, truncations, infos)
 
         # Store; what follows the last step of an episode is its own last observation, not the next episode's first
         last_obs = next_obs.copy()
@@ -573,7 +369,7 @@ if __name__ == "__main__":
             "terminations": terminations,
             "dones": done,
         }
-        rb.add(**{name: gather(torch.as_tensor(x)) for name, x in transition.items()})
+        rb.add(**transition)
         base_action = next_base_action
 
         # Update
@@ -583,13 +379,13 @@ if __name__ == "__main__":
             updates_due -= 1.0
             gradient_steps += 1
             data = rb.sample(args.batch_size, args.n_step, args.gamma)
-            data = {name: x[own_samples].to(device) for name, x in data.items()}
+            data = {name: x.to(device) for name, x in data.items()}
             x, next_x = data["obs"], data["next_obs"]
             if args.base_input:
                 x, next_x = torch.cat([x, data["base_actions"]], 1), torch.cat([next_x, data["next_base_actions"]], 1)
             temperature = log_temperature.exp().item()
 
-            noise = torch.randn(args.batch_size, action_dim)[own_samples].to(device)
+            noise = torch.randn(args.batch_size, action_dim).to(device)
             with torch.no_grad():
                 next_residual, next_logprob = actor.get_action(next_x, noise)
                 next_action = (data["next_base_actions"] + alpha * next_residual).clamp(-1.0, 1.0)
@@ -599,25 +395,22 @@ if __name__ == "__main__":
             qf2_loss = (qf2(x, data["actions"]) - next_q_value).square().mean()
             q_optimizer.zero_grad()
             (qf1_loss + qf2_loss).backward()
-            average_gradients(q_parameters)
             q_optimizer.step()
             losses |= {"losses/qf1_loss": qf1_loss.detach(), "losses/qf2_loss": qf2_loss.detach()}
 
             if gradient_steps % args.policy_frequency == 0:
-                noise = torch.randn(args.batch_size, action_dim)[own_samples].to(device)
+                noise = torch.randn(args.batch_size, action_dim).to(device)
                 residual, logprob = actor.get_action(x, noise)
                 new_action = (data["base_actions"] + alpha * residual).clamp(-1.0, 1.0)
                 min_q = torch.min(qf1(x, new_action), qf2(x, new_action))
                 actor_loss = (temperature * logprob - min_q).mean()
                 actor_optimizer.zero_grad()
                 actor_loss.backward(inputs=actor_parameters)  # the critics' gradients would be for nothing
-                average_gradients(actor_parameters)
                 actor_optimizer.step()
                 if args.autotune:
                     temperature_loss = -(log_temperature.exp() * (logprob.detach() + target_entropy)).mean()
                     temperature_optimizer.zero_grad()
                     temperature_loss.backward()
-                    average_gradients([log_temperature])
                     temperature_optimizer.step()
                 losses |= {"losses/qf_values": min_q.detach().mean(), "losses/policy_loss": actor_loss.detach()}
                 losses |= {"losses/entropy": -logprob.detach().mean(), "losses/temperature": torch.tensor(temperature)}
@@ -626,42 +419,28 @@ if __name__ == "__main__":
                 for target, parameter in zip(q_target_parameters, q_parameters, strict=True):
                     target.lerp_(parameter, args.tau)
         now = time.perf_counter()
-        step_sums["time/collect"] += update_start - step_start
-        step_sums["time/update"] += now - update_start
+        seconds += update_start - step_start, now - update_start
 
-        # Logging; of several processes' only the first one's share
-        if rank > 0:
-            continue
+        # Logging, of the last batch and of the steps since the last time
         num_steps = global_step - last_log
         if num_steps >= 1024 or iteration == num_iterations:
-            seconds = {key: step_sums.pop(key) for key in ("time/collect", "time/update")}
+            with torch.no_grad():
+                x = torch.from_numpy(append_base(next_obs, base_action, args.base_input)).to(device)
+                std = actor(x)[1].exp().mean()
             scalars = {
-                **{key: np.mean(last) for key, last in last_episodes.items() if last},
-                **{key: total * world_size / num_steps for key, total in step_sums.items()},
-                **seconds,
-                "task/physics_resets": physics_resets,
+                **episodes.scalars(),
                 "charts/learning_rate": args.learning_rate,
                 "charts/tape_half_size": envs.tape_half_size,
-                "charts/SPS": num_steps / sum(seconds.values()),
+                "charts/std": std,
+                "charts/SPS": num_steps / seconds.sum(),
+                "time/collect": seconds[0],
+                "time/update": seconds[1],
+                **losses,
             }
-            if "losses/policy_loss" in losses:
-                x = torch.from_numpy(append_base(next_obs, base_action, args.base_input)).to(device)
-                scalars |= {"charts/std": actor(x)[1].exp().mean().item(), **losses}
-            for key, scalar in scalars.items():
-                writer.add_scalar(key, scalar, global_step)
-            step_sums.clear()
+            run.log(global_step, scalars, show="rollout/success_rate")
             last_log = global_step
-            bar.update(num_steps)
-            success = scalars.get("rollout/success_rate", 0.0)
-            bar.set_postfix(success=f"{success:.2f}", eval=f"{evaluations[-1]['success_rate']:.2f}")
-        if global_step >= args.eval_freq * len(evaluations) or iteration == num_iterations:
-            evaluate(global_step)
-    bar.close()
+            seconds[:] = 0.0
+        if global_step >= args.eval_freq * len(run.evaluations) or iteration == num_iterations:
+            judge(validate)
+    judge(report)  # on test episodes, which nothing was chosen by
     envs.close()
-
-    # The result, on test episodes, which nothing was chosen by
-    if rank == 0:
-        checkpoint = make_checkpoint(args, actor, global_step)
-        policy = make_policy(checkpoint, device=device)
-        results = report(policy, checkpoint, args.test_episodes, evaluations, run_dir, film=args.capture_video)
-        writer.close()

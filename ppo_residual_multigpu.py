@@ -1,0 +1,401 @@
+"""Residual PPO in several processes, on several GPUs or on a machine with many cores.
+
+Differs from ppo_residual.py in the processes only: each steps its share of the environments and differentiates its
+share of every minibatch, and the gradients are averaged. All draw the same random numbers, so the updates are those of
+one process but for rounding. Flags count all processes together; the first one evaluates and writes.
+
+    torchrun --standalone --nproc-per-node=2 ppo_residual_multigpu.py
+"""
+
+import atexit
+import os
+import time
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.optim as optim
+import tyro
+from torch.distributions.normal import Normal
+
+from base_policies import BaseArgs, make_base
+from env_paper_square import EnvArgs, env_kwargs, eval_kwargs
+from eval import report, validate
+from runs import Episodes, Real, Run, RunArgs, UserError, Whole, env_of, find_device, flags_of, parse, rebuild
+
+
+@dataclass
+class Args(RunArgs, EnvArgs, BaseArgs):
+    save_freq: Whole[1, 10**10] = 50_000
+    """environment steps between saves of the state for --resume; it is also saved when the run is stopped"""
+    eval_freq: Whole[1, 10**10] = 50_000
+    """environment steps between evaluations on held-out validation episodes"""
+    compile: bool = False
+    """compile the losses' forward and backward pass (torch.compile); pays off in long trainings only"""
+    curriculum: bool = False
+    """shrink the square linearly from curriculum_start to tape_half_size over the first half of the training"""
+    curriculum_start: Real[0.001, 1] = 0.12
+    """tape_half_size at the start of the curriculum, m"""
+
+    # PPO
+    total_timesteps: Whole[1, 10**10] = 500_000
+    """environment steps to train for, over all environments"""
+    num_envs: Annotated[Whole[1, 32_768], tyro.conf.arg(aliases=["--n-envs"])] = 128
+    """environments stepped together"""
+    num_steps: Annotated[Whole[1, 10**6], tyro.conf.arg(aliases=["--n-steps"])] = 32
+    """steps of each environment per rollout"""
+    minibatch_size: Annotated[Whole[2, 10**7], tyro.conf.arg(aliases=["--batch-size"])] = 1024
+    """samples per gradient step; must divide num_envs * num_steps"""
+    update_epochs: Annotated[Whole[1, 1000], tyro.conf.arg(aliases=["--n-epochs"])] = 10
+    """passes over each rollout, K"""
+    learning_rate: Real[1e-12, 1] = 1e-3
+    """step size of Adam"""
+    anneal_lr: bool = True
+    """anneal the step size linearly to zero"""
+    gamma: Real[0, 1] = 0.99
+    """discount factor; turning the sheet pays off a hundred steps later"""
+    gae_lambda: Real[0, 1] = 0.95
+    """lambda of generalised advantage estimation"""
+    clip_coef: Annotated[Real[1e-6, 100], tyro.conf.arg(aliases=["--clip-range"])] = 0.2
+    """clipping range of the probability ratio, epsilon"""
+    ent_coef: Real[0, 100] = 0.0
+    """weight of the entropy bonus, c2"""
+    max_grad_norm: Real[1e-6, 1e6] = 0.5
+    """largest gradient norm, of actor and critic each, so that neither eats the other's"""
+    reward_scale: Real[1e-6, 1e3] = 0.1
+    """factor on the rewards that the agent sees, so that returns are of order one"""
+    value_init: bool = True
+    """start the critic at the first rewards' mean / (1 - gamma); at zero it would praise whatever it has not seen"""
+    hidden_size: Whole[1, 4096] = 64
+    """width of the two hidden layers"""
+    init_std: Real[1e-3, 10] = 0.4
+    """standard deviation of the exploration at the start, in units of the action"""
+
+    # the residual
+    alpha: Real[0, 1] = 0.5
+    """authority of the residual, from 0 to 1"""
+    alpha_schedule: Literal["constant", "linear"] = "constant"
+    """linear: alpha goes from alpha_start to alpha_end over the training"""
+    alpha_start: Real[0, 1] = 0.3
+    """alpha at the start of the linear schedule"""
+    alpha_end: Real[0, 1] = 1.0
+    """alpha at the end of the linear schedule"""
+    residual_penalty: Real[0, 1e3] = 0.001
+    """reward lost per squared norm of the residual action, each step"""
+    base_input: bool = True
+    """show the base action to actor and critic"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        batch_size = self.num_envs * self.num_steps
+        if batch_size % self.minibatch_size:
+            raise ValueError(f"--minibatch-size must divide num_envs * num_steps = {batch_size}")
+        if batch_size > min(self.total_timesteps, 10_000_000):  # 2 GB
+            raise ValueError(f"num_envs * num_steps = {batch_size} exceeds --total-timesteps, or 10,000,000")
+
+
+def alpha_at(args, global_step):
+    """The authority of the residual after `global_step` steps of the training."""
+    if args.alpha_schedule == "constant":
+        return args.alpha
+    return args.alpha_start + global_step / args.total_timesteps * (args.alpha_end - args.alpha_start)
+
+
+def append_base(obs, base_action, base_input):
+    """Observation (num_envs, obs_dim) and base action (num_envs, 6) as one, float32, if actor and critic see both."""
+    return np.concatenate([obs, base_action], axis=1, dtype=np.float32, casting="same_kind") if base_input else obs
+
+
+class ResidualPolicy:
+    """The frozen base, corrected by the agent: `policy(obs) -> action`."""
+
+    def __init__(self, agent_policy, base_policy, alpha, base_input):
+        self.agent_policy, self.base_policy, self.alpha, self.base_input = agent_policy, base_policy, alpha, base_input
+
+    def __call__(self, obs):
+        base_action = self.base_policy(obs)
+        self.residual_action = self.agent_policy(append_base(obs, base_action, self.base_input))
+        return np.clip(base_action + self.alpha * self.residual_action, -1.0, 1.0)
+
+    def reset(self, mask):
+        self.base_policy.reset(mask)
+        self.agent_policy.reset(mask)
+
+
+def layer_init(layer, std=np.sqrt(2), bias_const=0.0):
+    torch.nn.init.orthogonal_(layer.weight, std)
+    torch.nn.init.constant_(layer.bias, bias_const)
+    return layer
+
+
+def mlp(input_dim, hidden_size, output_dim, std):
+    return nn.Sequential(
+        nn.Hardtanh(-5.0, 5.0),  # inputs are of order one, but joint_target_error reaches 100 when the arm pushes
+        layer_init(nn.Linear(input_dim, hidden_size)),
+        nn.Tanh(),
+        layer_init(nn.Linear(hidden_size, hidden_size)),
+        nn.Tanh(),
+        layer_init(nn.Linear(hidden_size, output_dim), std=std),
+    )
+
+
+class Agent(nn.Module):
+    def __init__(self, obs_dim, action_dim, hidden_size, init_std):
+        super().__init__()
+        self.critic = mlp(obs_dim, hidden_size, 1, std=1.0)
+        self.actor_mean = mlp(obs_dim, hidden_size, action_dim, std=0.0)  # starts at zero
+        self.actor_logstd = nn.Parameter(torch.full((1, action_dim), float(np.log(init_std))))
+
+    def get_value(self, x):
+        return self.critic(x).flatten()
+
+    def get_action_and_value(self, x, action=None, noise=None):
+        mean = self.actor_mean(x)
+        probs = Normal(mean, self.actor_logstd.exp().expand_as(mean), validate_args=False)
+        if action is None:
+            action = mean + probs.stddev * noise
+        return action, probs.log_prob(action).sum(1), probs.entropy().sum(1), self.get_value(x)
+
+
+class AgentPolicy:
+    """The agent alone, `policy(obs) -> action`: by its mean, unless `sample`."""
+
+    def __init__(self, agent, sample=False):
+        self.agent, self.sample = agent, sample
+
+    def __call__(self, obs):
+        x = torch.from_numpy(obs).to(self.agent.actor_logstd.device)
+        with torch.inference_mode():
+            mean = self.agent.actor_mean(x)
+            action = torch.normal(mean, self.agent.actor_logstd.exp().expand_as(mean)) if self.sample else mean
+        return action.clamp(-1.0, 1.0).cpu().numpy()
+
+    def reset(self, mask):
+        """Forget the episodes before, of the environments in the mask (num_envs,): nothing here, a memory in a copy."""
+
+
+def make_policy(checkpoint, sample=False, device="cpu"):
+    """Rebuild the policy from a checkpoint alone, networks on `device`; raises UserError if its parts do not fit."""
+    args, env = flags_of(Args, checkpoint), env_of(checkpoint)
+    obs_dim = env.OBS_DIM + 6 * args.base_input
+    agent = rebuild(lambda: Agent(obs_dim, 6, args.hidden_size, args.init_std), checkpoint["model"])
+    policy = AgentPolicy(agent.to(device), sample)
+    base_policy = make_base(args.base_policy, args, env, args.act_scale, checkpoint["base"], device)
+    return ResidualPolicy(policy, base_policy, alpha_at(args, checkpoint["global_step"]), args.base_input)
+
+
+def compute_gae(rewards, values, dones, next_value, gamma, gae_lambda):
+    """Advantages and returns, (num_steps, num_envs) each; dones[t] says that the episode ended with step t.
+
+    The last value of a truncated episode must already be in its last reward (arXiv 1712.00378).
+    """
+    advantages = torch.zeros_like(rewards)
+    lastgaelam = torch.zeros_like(next_value)
+    for t in reversed(range(len(rewards))):
+        nextvalues = next_value if t == len(rewards) - 1 else values[t + 1]
+        nextnonterminal = 1.0 - dones[t]
+        delta = rewards[t] + gamma * nextvalues * nextnonterminal - values[t]
+        advantages[t] = lastgaelam = delta + gamma * gae_lambda * nextnonterminal * lastgaelam
+    return advantages, advantages + values
+
+
+def gather(x):
+    """The objects x of all processes, a list."""
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, x)
+    return parts
+
+
+def average_gradients(parameters):
+    """Replace the gradients by their means over the processes."""
+    gradients = [parameter.grad for parameter in parameters]
+    total = nn.utils.parameters_to_vector(gradients)
+    dist.all_reduce(total)
+    nn.utils.vector_to_parameters(total / dist.get_world_size(), gradients)
+
+
+if __name__ == "__main__":
+    args = parse(Args)
+    if "RANK" not in os.environ:
+        raise UserError("start it by torchrun --standalone --nproc-per-node=N ppo_residual_multigpu.py")
+    device = find_device(args.device)
+    if device.type == "cuda":  # a GPU for each process
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    atexit.register(dist.destroy_process_group)  # ends its threads while Python still runs: they hold tensors
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if args.num_envs % world_size or args.minibatch_size % world_size:
+        raise UserError(f"--num-envs and --minibatch-size must be divisible by the {world_size} processes")
+    num_envs, num_threads = args.num_envs // world_size, args.num_threads or max(1, os.cpu_count() // world_size)
+    own_envs, own_samples = slice(rank * num_envs, (rank + 1) * num_envs), slice(rank, None, world_size)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.torch_threads)
+
+    envs = gym.make_vec(
+        "PaperSquare-v0",
+        num_envs=num_envs,
+        vectorization_mode="vector_entry_point",  # autoreset mode SAME_STEP
+        **{**env_kwargs(args), "num_threads": num_threads},
+    )
+    # The first episodes end early, each at another time: in step, every rollout would hold one phase of an episode only
+    episode_steps = np.arange(args.num_envs) * envs.max_episode_steps // args.num_envs
+    next_obs, _ = envs.reset(
+        seed=args.seed * args.num_envs + own_envs.start, options={"episode_steps": episode_steps[own_envs]}
+    )
+    base_policy = make_base(args.base_policy, args, envs, args.act_scale, device=device)
+    base_policy.reset(np.ones(num_envs, dtype=bool))
+    base_action = base_policy(next_obs)
+    next_obs = append_base(next_obs, base_action, args.base_input)
+    next_obs = torch.from_numpy(next_obs)
+    obs_dim, action_dim = next_obs.shape[1], envs.single_action_space.shape[0]
+    agent = Agent(obs_dim, action_dim, args.hidden_size, args.init_std).to(device)
+    optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    actor_parameters = [*agent.actor_mean.parameters(), agent.actor_logstd]
+    critic_parameters = list(agent.critic.parameters())
+    # torch.compile, of what the update differentiates
+    get_action_and_value = torch.compile(agent.get_action_and_value) if args.compile else agent.get_action_and_value
+
+    # Storage
+    batch_size = args.num_envs * args.num_steps
+    num_iterations = args.total_timesteps // batch_size
+    obs = torch.zeros((args.num_steps, num_envs, obs_dim))
+    actions = torch.zeros((args.num_steps, num_envs, action_dim))
+    logprobs = torch.zeros((args.num_steps, num_envs))
+    rewards = torch.zeros((args.num_steps, num_envs))
+    dones = torch.zeros((args.num_steps, num_envs))
+    values = torch.zeros((args.num_steps, num_envs))
+
+    run = Run(args, __file__, total=num_iterations * batch_size, rank=rank, gather=gather)
+    episodes = Episodes(num_envs)
+    global_step = 0
+
+    def judge(how):
+        parts = {"model": agent.state_dict(), "base": base_policy.checkpoint}
+        checkpoint = run.checkpoint(envs, eval_kwargs(args), global_step, **parts)
+        how(run, make_policy(checkpoint, device=device), checkpoint)
+
+    run.restore(globals())  # after --resume, all of the above is what it was when the run was saved
+    if global_step == 0 and rank == 0:
+        judge(validate)
+    for iteration in range(global_step // batch_size + 1, num_iterations + 1):
+        run.save(globals(), global_step)  # now and then, and if the run is to stop, which it does here
+
+        # Schedules
+        progress = (iteration - 1) / num_iterations
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = (1.0 - progress) * args.learning_rate
+        if args.curriculum:
+            share = max(0.0, 1.0 - 2.0 * progress)
+            envs.tape_half_size = args.tape_half_size + share * (args.curriculum_start - args.tape_half_size)
+
+        # Rollout
+        collect_start = time.perf_counter()
+        for step in range(args.num_steps):
+            global_step += args.num_envs
+            obs[step] = next_obs
+            noise = torch.randn(args.num_envs, action_dim)[own_envs]
+            with torch.inference_mode():
+                action, logprob, _, value = agent.get_action_and_value(next_obs.to(device), noise=noise.to(device))
+            actions[step], logprobs[step], values[step] = action, logprob, value
+            action = action.clamp(-1.0, 1.0).cpu().numpy()
+
+            # The composition: what the agent does is a residual on what the base does
+            residual_action, alpha = action, alpha_at(args, global_step)
+            action = np.clip(base_action + alpha * residual_action, -1.0, 1.0)
+
+            next_obs, reward, terminations, truncations, infos = envs.step(action)
+            done = terminations | truncations
+
+            # The price of the residual
+            penalty = args.residual_penalty * np.square(residual_action).sum(axis=1)
+            reward = reward - penalty
+            norm, base_norm = (np.linalg.norm(x, axis=1) for x in (residual_action, base_action))
+            episodes.sum("residual", penalty=-penalty, norm=norm, base_norm=base_norm, alpha=np.full_like(norm, alpha))
+
+            episodes.add(reward, terminations, truncations, infos)
+            reward = args.reward_scale * reward
+            if args.value_init and global_step == args.num_envs:  # the first step
+                offset = np.concatenate(gather(reward)).mean() / max(1.0 - args.gamma, 1.0 / envs.max_episode_steps)
+                values[step] += offset
+                with torch.no_grad():
+                    agent.critic[-1].bias += offset
+
+            # Truncation is not termination: the value of the last observation stands in for what would have come
+            if truncations.any():
+                final_obs = np.stack(infos["final_obs"][truncations])
+                final_obs = append_base(final_obs, base_policy(final_obs, truncations), args.base_input)
+                final_obs = torch.from_numpy(final_obs).to(device)
+                with torch.inference_mode():
+                    reward[truncations] += args.gamma * agent.get_value(final_obs).cpu().numpy()
+            rewards[step], dones[step] = torch.from_numpy(reward), torch.from_numpy(done)
+
+            # The base's next action, which actor and critic see
+            base_policy.reset(done)
+            base_action = base_policy(next_obs)
+            next_obs = append_base(next_obs, base_action, args.base_input)
+            next_obs = torch.from_numpy(next_obs)
+
+        # Advantages
+        update_start = time.perf_counter()
+        with torch.inference_mode():
+            next_value = agent.get_value(next_obs.to(device)).cpu()
+        advantages, returns = compute_gae(rewards, values, dones, next_value, args.gamma, args.gae_lambda)
+
+        # Update
+        b_obs, b_actions, b_logprobs, b_advantages, b_returns, b_values = (
+            torch.cat(gather(x), dim=1).flatten(0, 1).to(device)
+            for x in (obs, actions, logprobs, advantages, returns, values)
+        )
+        for _epoch in range(args.update_epochs):
+            b_inds = torch.randperm(batch_size).to(device)
+            for mb_inds in b_inds.split(args.minibatch_size):
+                mb_advantages = b_advantages[mb_inds]
+                mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
+                mb_inds, mb_advantages = mb_inds[own_samples], mb_advantages[own_samples]
+
+                _, newlogprob, entropy, newvalue = get_action_and_value(b_obs[mb_inds], b_actions[mb_inds])
+                logratio = newlogprob - b_logprobs[mb_inds]
+                ratio = logratio.exp()
+                pg_loss1 = -mb_advantages * ratio
+                pg_loss2 = -mb_advantages * ratio.clamp(1.0 - args.clip_coef, 1.0 + args.clip_coef)
+                pg_loss = torch.max(pg_loss1, pg_loss2).mean()
+                v_loss = 0.5 * (newvalue - b_returns[mb_inds]).square().mean()
+                entropy_loss = entropy.mean()
+                loss = pg_loss - args.ent_coef * entropy_loss + v_loss
+
+                optimizer.zero_grad()
+                loss.backward()
+                average_gradients(agent.parameters())
+                nn.utils.clip_grad_norm_(actor_parameters, args.max_grad_norm)
+                nn.utils.clip_grad_norm_(critic_parameters, args.max_grad_norm)
+                optimizer.step()
+        now = time.perf_counter()
+
+        # Logging, of the last minibatch and of the rollout, the first process's share
+        with torch.no_grad():
+            scalars = {
+                **episodes.scalars(),
+                "charts/learning_rate": optimizer.param_groups[0]["lr"],
+                "charts/tape_half_size": envs.tape_half_size,
+                "charts/std": agent.actor_logstd.exp().mean(),
+                "charts/SPS": batch_size / (now - collect_start),
+                "losses/value_loss": v_loss,
+                "losses/policy_loss": pg_loss,
+                "losses/entropy": entropy_loss,
+                "losses/old_approx_kl": -logratio.mean(),
+                "losses/approx_kl": (ratio - 1.0 - logratio).mean(),
+                "losses/clipfrac": ((ratio - 1.0).abs() > args.clip_coef).float().mean(),
+                "losses/explained_variance": 1.0 - (b_returns - b_values).var() / b_returns.var(),
+                "time/collect": update_start - collect_start,
+                "time/update": now - update_start,
+            }
+        run.log(global_step, scalars, show="rollout/success_rate")
+        if rank == 0 and (global_step >= args.eval_freq * len(run.evaluations) or iteration == num_iterations):
+            judge(validate)
+    if rank == 0:
+        judge(report)  # on test episodes, which nothing was chosen by
+    envs.close()
