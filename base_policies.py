@@ -241,7 +241,7 @@ class FrozenILPolicy(BasePolicy):
         self.checkpoint, self.env, self.act_scale, self.device = checkpoint, env, act_scale, device
         if "env" in checkpoint:  # a LeRobot folder does not say
             check_rows(checkpoint["env"]["rows"], env)
-        script = load_module(checkpoint["script"], "make_network", checkpoint.get("path", ""))
+        script = load_module(checkpoint["script"], "make_network")
         self.network = script.make_network(checkpoint).to(device)
         self.n_action_steps, self.coeff = self.network.n_action_steps, self.network.temporal_ensemble_coeff
         self.pointer = np.zeros(0, dtype=np.int64)  # next step of the chunk; or how many chunks an ensemble has

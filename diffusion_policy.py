@@ -287,7 +287,7 @@ if __name__ == "__main__":
         checkpoint = run.checkpoint(PaperSquareVectorEnv, eval_kwargs(EnvArgs()), global_step, **parts)
         how(run, make_policy(checkpoint, device=device), checkpoint)
 
-    run.restore(globals())  # after --resume, all of the above is what it was when the run was saved
+    run.begin(globals())  # after --resume, all of the above is what it was when the run was saved
     if global_step == 0:
         judge(validate)
     while global_step < args.train_steps:

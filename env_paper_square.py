@@ -198,7 +198,7 @@ class PaperSquareVectorEnv(VectorEnv):
     OBS_ROWS, OBS, OBS_DIM, OBS_SCALE, to_si = OBS_ROWS, OBS, OBS_DIM, OBS_SCALE, staticmethod(to_si)
 
     # What no step changes, or what follows from the rest
-    _FIXED = {"model", "batch", "autoreset_mode", "metadata", "key_callback", "_fingertip", "fingertip_force"}
+    _FIXED = {"model", "batch", "spec", "autoreset_mode", "metadata", "key_callback", "_fingertip", "fingertip_force"}
     _FIXED |= {"single_action_space", "single_observation_space", "action_space", "observation_space"}
     _FIXED |= {"_renderer", "_viewer", "_viewer_threads", "_next_frame", "_scene", "_scene_data"}
 

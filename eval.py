@@ -345,7 +345,7 @@ def load_policy(path: str, script: str = "", sample: bool = False, device: torch
 
     Raises UserError if there is no such checkpoint, script or environment, or if they do not fit each other.
     """
-    checkpoint = load_checkpoint(path) | {"path": script}
+    checkpoint = load_checkpoint(path)
     make_policy = load_module(checkpoint["script"], "make_policy", script).make_policy
     try:
         return make_policy(checkpoint, sample, device), task_of(checkpoint), checkpoint

@@ -248,7 +248,7 @@ if __name__ == "__main__":
         checkpoint = run.checkpoint(envs, eval_kwargs(args), global_step, **parts)
         how(run, make_policy(checkpoint, device=device), checkpoint)
 
-    run.restore(globals())  # after --resume, all of the above is what it was when the run was saved
+    run.begin(globals())  # after --resume, all of the above is what it was when the run was saved
     if global_step == 0:
         judge(validate)
     for iteration in range(global_step // batch_size + 1, num_iterations + 1):

@@ -2,7 +2,7 @@
 
     args = parse(Args)                                  # the command line, or with --resume the flags of that run
     run = Run(args, __file__, total=args.total_timesteps)
-    run.restore(globals())                              # with --resume, every variable becomes what it was
+    run.begin(globals())                                # with --resume, every variable becomes what it was
     for iteration in ...:
         run.save(globals(), global_step)                # now and then, and when the run is asked to stop
 
@@ -213,10 +213,12 @@ def pack(value: object, tensors: dict, path: str) -> object:
 
     Objects are kept by their state_dict, random generators by their states, other objects by their attributes.
     """
-    if hasattr(type(value), "state_dict"):  # networks, optimisers, environments
+    if isinstance(value, torch.nn.Module):
+        return pack({"state": value.state_dict(), "attributes": attributes_of(value)}, tensors, path)
+    if hasattr(type(value), "state_dict"):  # optimisers, environments, bases
         return pack(value.state_dict(), tensors, path)
     if isinstance(value, np.random.Generator):
-        return value.bit_generator.state
+        return pack(value.bit_generator.state, tensors, path)
     if isinstance(value, torch.Generator):
         return pack(value.get_state(), tensors, path)
     if isinstance(value, (torch.Tensor, np.ndarray)):
@@ -247,6 +249,12 @@ def pack(value: object, tensors: dict, path: str) -> object:
         f"{path} is a {type(value).__name__}, which cannot be saved: give it state_dict and load_state_dict, or, if "
         "nothing of it is needed to go on, a name with a leading underscore"
     )
+
+
+def attributes_of(module: torch.nn.Module) -> dict:
+    """What the parts of a network hold besides their weights, by name: a hidden state, say."""
+    parts = module.named_modules()
+    return {name: {key: x for key, x in (vars(m) | m._buffers).items() if key[0] != "_"} for name, m in parts}
 
 
 def unpack(value: object, tensors: dict) -> object:
@@ -307,8 +315,8 @@ def load_checkpoint(path: str | Path) -> dict:
 def load_module(name: str, defines: str, path: str = "") -> types.ModuleType:
     """Import a file of this project by its name, from beside this file, and only if it defines `defines`.
 
-    A checkpoint does not get to choose more than that of what is imported; `path` is the user's choice of another file.
-    Raises UserError if there is none.
+    A checkpoint does not get to choose more than that of what is imported. `path` is the user's choice of another file,
+    which goes by that name from then on. Raises UserError if there is none.
     """
     file = Path(path) if path else ROOT / f"{name}.py"
     if not file.is_file() or not (path or Path(name).name == name):
@@ -316,8 +324,7 @@ def load_module(name: str, defines: str, path: str = "") -> types.ModuleType:
     tops = [node for node in ast.parse(file.read_bytes()).body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     if defines not in [node.name for node in tops]:
         raise UserError(f"{file} does not define {defines}")
-    name = f"{name} of {file}" if path else name
-    if name not in sys.modules:
+    if path or name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file)
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
@@ -337,8 +344,7 @@ def check_rows(rows: dict, env: type) -> None:
 def env_of(checkpoint: dict) -> type:
     """The class of the environment that a policy was trained in; raises UserError if it observes something else now."""
     env = checkpoint["env"]
-    path = checkpoint.get("path", "") if env["module"] == checkpoint["script"] else ""
-    kind = getattr(load_module(env["module"], env["class"], path), env["class"])
+    kind = getattr(load_module(env["module"], env["class"]), env["class"])
     check_rows(env["rows"], kind)
     return kind
 
@@ -364,7 +370,13 @@ def restored(value: object, state: object, name: str) -> object:
     """`value` as it was when it was packed: itself, changed in place, or what takes its place if it cannot be."""
     if isinstance(value, NO_STATE):
         return value
-    if hasattr(type(value), "load_state_dict"):
+    if isinstance(value, torch.nn.Module):
+        value.load_state_dict(state["state"])
+        for part, attributes in state["attributes"].items():
+            for key, item in attributes.items():
+                module = value.get_submodule(part)
+                setattr(module, key, restored(getattr(module, key), item, f"{name}.{part}.{key}"))
+    elif hasattr(type(value), "load_state_dict"):
         value.load_state_dict(state)
     elif isinstance(value, np.random.Generator):
         value.bit_generator.state = state
@@ -428,23 +440,40 @@ class Run:
         self.flags = replace(args, resume="", exp_name=args.exp_name or self.script)
         self.evaluations, self.signal, self.next_save = [], 0, 0
         self.dir, self.state = Path(args.resume), load_state(Path(args.resume)) if args.resume else None
-        if args.track:
+        self.bar = tqdm(total=total, unit="step", unit_scale=True, disable=rank > 0 or None)  # None: unless a terminal
+
+    def begin(self, namespace: dict) -> None:
+        """Make the run's folder, or with --resume make the script's variables, its `globals()`, what they were.
+
+        Names with a leading underscore are left alone. Raises UserError for a variable that could not be saved.
+        """
+        if "__name__" not in namespace:
+            raise TypeError("begin takes globals(): the variables of a function cannot be brought back")
+        others = (*NO_STATE, Flags, Run)
+        self.names = [name for name, value in namespace.items() if name[0] != "_" and not isinstance(value, others)]
+        try:
+            pack({name: namespace[name] for name in self.names}, {}, "")
+        except (TypeError, RecursionError) as error:
+            raise UserError(f"--resume could not go on from here: {error}") from error
+        if self.flags.track:
             try:
                 from wandb import init as start_tracking
             except ImportError as error:  # also where a run left a folder of that name
                 raise UserError("--track needs Weights & Biases: pip install wandb") from error
-        if self.state:
-            self.check_resumed()
-        elif rank == 0:
-            self.make_dir()
-        self.bar = tqdm(total=total, unit="step", unit_scale=True, disable=rank > 0 or None)  # or no terminal
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note_signal)
         self.start_time = time.perf_counter()
-        if rank == 0 and args.track:
+        if self.state:
+            self.restore(namespace)
+        elif self.rank == 0:
+            self.make_dir()
+        if self.rank == 0 and self.flags.track:
             names = {"id": re.sub(r"[^\w.-]", "_", self.dir.name), "name": self.dir.name, "resume": "allow"}
-            start_tracking(project=args.wandb_project, config=asdict(self.flags), sync_tensorboard=True, **names)
-        if rank == 0:
+            project, config = self.flags.wandb_project, asdict(self.flags)
+            start_tracking(project=project, config=config, sync_tensorboard=True, **names)
+        if self.rank == 0:
             self.writer = SummaryWriter(self.dir, purge_step=self.state["global_step"] + 1 if self.state else 0)
-        if rank == 0 and not self.state:
+        if self.rank == 0 and not self.state:
             rows = [f"|{name}|{value}|" for name, value in asdict(self.flags).items()]
             self.writer.add_text("args", "\n".join(["|flag|value|", "|-|-|", *rows]))
 
@@ -462,14 +491,28 @@ class Run:
         write_json(self.dir / "args.json", asdict(self.flags))
         shutil.copyfile(self.source, self.dir / self.source.name)
 
-    def check_resumed(self) -> None:
-        """Raise UserError if this script cannot go on with the run."""
+    def restore(self, namespace: dict) -> None:
+        """Make the variables what they were when the state was saved; raises UserError if this script cannot go on."""
         if self.state["script"] != self.script:
             raise UserError(f"--resume {self.dir}: this run is of {self.state['script']}.py, not of {self.script}.py")
         if (self.dir / "results.json").exists():
             raise UserError(f"--resume {self.dir}: this run has come to its end")
         if (self.dir / self.source.name).read_bytes() != self.source.read_bytes():
             print(f"warning: {self.source.name} has changed since the run began", file=sys.stderr)
+        try:
+            processes = self.state["processes"]
+            if len(processes) != len(self.gather(0)):
+                raise ValueError(f"it takes {len(processes)} processes, as before")
+            if changed := sorted(processes[self.rank].keys() ^ self.names):
+                raise ValueError(f"the script has other variables now: {', '.join(changed)}")
+            for name, state in processes[self.rank].items():
+                namespace[name] = restored(namespace[name], state, name)
+            random_states(self.state["random"])
+            self.evaluations, self.next_save = self.state["evaluations"], self.state["global_step"] + 1
+            self.start_time -= self.state["seconds"]
+            self.bar.update(self.state["global_step"])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UserError(f"--resume {self.dir}: its state does not fit: {error}") from error
 
     def log(self, global_step: int, scalars: dict, show: str = "") -> None:
         """Write scalars to TensorBoard, and advance the bar if it is to `show` one of them, beside the evaluation's."""
@@ -492,38 +535,6 @@ class Run:
         module = self.script if kind.__module__ == "__main__" else kind.__module__
         env = {"module": module, "class": kind.__name__, "rows": kind.OBS_ROWS, "kwargs": env_kwargs}
         return {"script": self.script, "args": asdict(self.flags), "env": env, "global_step": global_step, **parts}
-
-    def restore(self, namespace: dict) -> None:
-        """Note the script's variables, its `globals()`; with --resume, make them what they were when it was saved.
-
-        Names with a leading underscore are left alone. Raises UserError for a variable that could not be saved.
-        """
-        if "__name__" not in namespace:
-            raise TypeError("restore takes globals(): the variables of a function cannot be brought back")
-        others = (*NO_STATE, Flags, Run)
-        self.names = [name for name, value in namespace.items() if name[0] != "_" and not isinstance(value, others)]
-        try:
-            pack({name: namespace[name] for name in self.names}, {}, "")
-        except TypeError as error:
-            raise UserError(str(error)) from error
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note_signal)
-        if not self.state:
-            return
-        try:
-            processes = self.state["processes"]
-            if len(processes) != len(self.gather(0)):
-                raise ValueError(f"it takes {len(processes)} processes, as before")
-            if changed := sorted(processes[self.rank].keys() ^ self.names):
-                raise ValueError(f"the script has other variables now: {', '.join(changed)}")
-            for name, state in processes[self.rank].items():
-                namespace[name] = restored(namespace[name], state, name)
-            random_states(self.state["random"])
-            self.evaluations, self.next_save = self.state["evaluations"], self.state["global_step"] + 1
-            self.start_time -= self.state["seconds"]
-            self.bar.update(self.state["global_step"])
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise UserError(f"--resume {self.dir}: its state does not fit: {error}") from error
 
     def save(self, namespace: dict, global_step: int) -> None:
         """Save the variables every --save-freq steps; and where the run is asked to stop, which ends it here."""
