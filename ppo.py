@@ -164,7 +164,7 @@ if __name__ == "__main__":
         **env_kwargs(args),
     )
     # The first episodes end early, each at another time: in step, every rollout would hold one phase of an episode only
-    episode_steps = np.arange(args.num_envs) * envs.max_episode_steps // args.num_envs
+    episode_steps = np.arange(args.num_envs) * envs.unwrapped.max_episode_steps // args.num_envs
     next_obs, _ = envs.reset(seed=args.seed * args.num_envs, options={"episode_steps": episode_steps})
     next_obs = torch.from_numpy(next_obs)
     obs_dim, action_dim = next_obs.shape[1], envs.single_action_space.shape[0]
@@ -206,7 +206,7 @@ if __name__ == "__main__":
             optimizer.param_groups[0]["lr"] = (1.0 - progress) * args.learning_rate
         if args.curriculum:
             share = max(0.0, 1.0 - 2.0 * progress)
-            envs.tape_half_size = args.tape_half_size + share * (args.curriculum_start - args.tape_half_size)
+            envs.unwrapped.tape_half_size = args.tape_half_size + share * (args.curriculum_start - args.tape_half_size)
 
         # Rollout
         collect_start = time.perf_counter()
@@ -225,7 +225,7 @@ if __name__ == "__main__":
             episodes.add(reward, terminations, truncations, infos)
             reward = args.reward_scale * reward
             if args.value_init and global_step == args.num_envs:  # the first step
-                offset = reward.mean() / max(1.0 - args.gamma, 1.0 / envs.max_episode_steps)
+                offset = reward.mean() / max(1.0 - args.gamma, 1.0 / envs.unwrapped.max_episode_steps)
                 values[step] += offset
                 with torch.no_grad():
                     agent.critic[-1].bias += offset
@@ -278,7 +278,7 @@ if __name__ == "__main__":
             scalars = {
                 **episodes.scalars(),
                 "charts/learning_rate": optimizer.param_groups[0]["lr"],
-                "charts/tape_half_size": envs.tape_half_size,
+                "charts/tape_half_size": envs.unwrapped.tape_half_size,
                 "charts/std": agent.actor_logstd.exp().mean(),
                 "charts/SPS": batch_size / (now - collect_start),
                 "losses/value_loss": v_loss,

@@ -242,7 +242,7 @@ if __name__ == "__main__":
         **{**env_kwargs(args), "num_threads": num_threads},
     )
     # The first episodes end early, each at another time: in step, every rollout would hold one phase of an episode only
-    episode_steps = np.arange(args.num_envs) * envs.max_episode_steps // args.num_envs
+    episode_steps = np.arange(args.num_envs) * envs.unwrapped.max_episode_steps // args.num_envs
     next_obs, _ = envs.reset(
         seed=args.seed * args.num_envs + own_envs.start, options={"episode_steps": episode_steps[own_envs]}
     )
@@ -290,7 +290,7 @@ if __name__ == "__main__":
             optimizer.param_groups[0]["lr"] = (1.0 - progress) * args.learning_rate
         if args.curriculum:
             share = max(0.0, 1.0 - 2.0 * progress)
-            envs.tape_half_size = args.tape_half_size + share * (args.curriculum_start - args.tape_half_size)
+            envs.unwrapped.tape_half_size = args.tape_half_size + share * (args.curriculum_start - args.tape_half_size)
 
         # Rollout
         collect_start = time.perf_counter()
@@ -319,7 +319,9 @@ if __name__ == "__main__":
             episodes.add(reward, terminations, truncations, infos)
             reward = args.reward_scale * reward
             if args.value_init and global_step == args.num_envs:  # the first step
-                offset = np.concatenate(gather(reward)).mean() / max(1.0 - args.gamma, 1.0 / envs.max_episode_steps)
+                offset = np.concatenate(gather(reward)).mean() / max(
+                    1.0 - args.gamma, 1.0 / envs.unwrapped.max_episode_steps
+                )
                 values[step] += offset
                 with torch.no_grad():
                     agent.critic[-1].bias += offset
@@ -380,7 +382,7 @@ if __name__ == "__main__":
             scalars = {
                 **episodes.scalars(),
                 "charts/learning_rate": optimizer.param_groups[0]["lr"],
-                "charts/tape_half_size": envs.tape_half_size,
+                "charts/tape_half_size": envs.unwrapped.tape_half_size,
                 "charts/std": agent.actor_logstd.exp().mean(),
                 "charts/SPS": batch_size / (now - collect_start),
                 "losses/value_loss": v_loss,

@@ -221,13 +221,11 @@ def pack(value: object, tensors: dict, path: str) -> object:
         return pack(value.bit_generator.state, tensors, path)
     if isinstance(value, torch.Generator):
         return pack(value.get_state(), tensors, path)
-    if isinstance(value, (torch.Tensor, np.ndarray)):
+    if isinstance(value, (torch.Tensor, np.ndarray, np.number, np.bool_)):
         while path in tensors:
             path += "'"
         tensors[path] = torch.as_tensor(value).detach().cpu().clone(memory_format=torch.contiguous_format)
         return {"$tensor" if isinstance(value, torch.Tensor) else "$array": path}
-    if isinstance(value, np.generic):
-        return value.item()
     if isinstance(value, (bool, int, float, str, types.NoneType)):
         return value
     if isinstance(value, Path):
@@ -265,7 +263,7 @@ def unpack(value: object, tensors: dict) -> object:
         case {"$tensor": path}:
             return tensors[path]
         case {"$array": path}:
-            return tensors[path].numpy()
+            return tensors[path].numpy()[()]  # of no dimensions, it is a number
         case {"$path": path}:
             return Path(path)
         case {"$tuple": items}:
@@ -383,8 +381,8 @@ def restored(value: object, state: object, name: str) -> object:
     elif isinstance(value, torch.Generator):
         value.set_state(state)
     elif isinstance(value, (np.ndarray, torch.Tensor)):
-        if value.shape != state.shape:
-            raise ValueError(f"{name} was of shape {list(state.shape)}, and is of {list(value.shape)}")
+        if value.shape != np.shape(state):
+            raise ValueError(f"{name} was of shape {list(np.shape(state))}, and is of {list(value.shape)}")
         with torch.no_grad():
             value[...] = state
     elif isinstance(value, dict):
@@ -591,7 +589,7 @@ class Episodes:
     def sum(self, group: str, **values) -> None:
         """Values of a step of every environment, arrays (num_envs,), to be shown as means per step, as GROUP/NAME."""
         for name, x in values.items():
-            self.sums[f"{group}/{name}"] += x.sum()
+            self.sums[f"{group}/{name}"] += float(x.sum())
 
     def add(self, rewards, terminations, truncations, infos) -> None:
         """A step of every environment: arrays (num_envs,), and infos."""
@@ -601,14 +599,14 @@ class Episodes:
         self.steps += len(rewards)
         for key, values in itertools.chain(infos.items(), final_info.items()):
             if key.startswith("reward/"):
-                self.sums[key] += values.sum()
+                self.sums[key] += float(values.sum())
         if done.any():
             ends = {"rollout/ep_rew_mean": self.returns, "rollout/ep_len_mean": self.lengths}
             ends |= {"rollout/success_rate": terminations}
             ends |= {f"task/{key}": final_info[key] for key in ("dist_to_goal", "orientation_error")}
             for key, values in ends.items():
-                self.last[key].extend(values[done])
-            self.physics_resets += final_info["physics_reset"].sum()
+                self.last[key].extend(values[done].tolist())
+            self.physics_resets += int(final_info["physics_reset"].sum())
             self.returns[done] = self.lengths[done] = 0
 
     def scalars(self) -> dict[str, float]:

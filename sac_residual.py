@@ -276,7 +276,7 @@ if __name__ == "__main__":
         **env_kwargs(args),
     )
     # The first episodes end early, each at another time: in step, every rollout would hold one phase of an episode only
-    episode_steps = np.arange(args.num_envs) * envs.max_episode_steps // args.num_envs
+    episode_steps = np.arange(args.num_envs) * envs.unwrapped.max_episode_steps // args.num_envs
     next_obs, _ = envs.reset(seed=args.seed * args.num_envs, options={"episode_steps": episode_steps})
     base_policy = make_base(args.base_policy, args, envs, args.act_scale, device=device)
     base_policy.reset(np.ones(args.num_envs, dtype=bool))
@@ -320,7 +320,7 @@ if __name__ == "__main__":
         progress = (iteration - 1) / num_iterations
         if args.curriculum:
             share = max(0.0, 1.0 - 2.0 * progress)
-            envs.tape_half_size = args.tape_half_size + share * (args.curriculum_start - args.tape_half_size)
+            envs.unwrapped.tape_half_size = args.tape_half_size + share * (args.curriculum_start - args.tape_half_size)
 
         # Act
         step_start = time.perf_counter()
@@ -430,7 +430,7 @@ if __name__ == "__main__":
             scalars = {
                 **episodes.scalars(),
                 "charts/learning_rate": args.learning_rate,
-                "charts/tape_half_size": envs.tape_half_size,
+                "charts/tape_half_size": envs.unwrapped.tape_half_size,
                 "charts/std": std,
                 "charts/SPS": num_steps / seconds.sum(),
                 "time/collect": seconds[0],
