@@ -578,11 +578,12 @@ class Episodes:
     """The training's episodes in its curves: means over the last 100, and of what is summed, means per step.
 
     `rollout/` is of the episodes, with the rewards that the agent gets; `task/` is what the environment's info says at
-    their ends; `reward/` are the terms of its reward, weighted.
+    their ends; `reward/` are the terms of its reward, weighted. Each environment's first episode, which the scripts cut
+    short on purpose, is left out.
     """
 
     def __init__(self, num_envs: int):
-        self.returns, self.lengths = np.zeros(num_envs), np.zeros(num_envs)
+        self.returns, self.lengths, self.first = np.zeros(num_envs), np.zeros(num_envs), np.ones(num_envs, dtype=bool)
         self.last = defaultdict(partial(deque, maxlen=100))
         self.sums, self.steps, self.physics_resets = defaultdict(float), 0, 0
 
@@ -605,9 +606,9 @@ class Episodes:
             ends |= {"rollout/success_rate": terminations}
             ends |= {f"task/{key}": final_info[key] for key in ("dist_to_goal", "orientation_error")}
             for key, values in ends.items():
-                self.last[key].extend(values[done].tolist())
+                self.last[key].extend(values[done & ~self.first].tolist())
             self.physics_resets += int(final_info["physics_reset"].sum())
-            self.returns[done] = self.lengths[done] = 0
+            self.returns[done] = self.lengths[done] = self.first[done] = 0
 
     def scalars(self) -> dict[str, float]:
         """The values of the curves; the sums begin anew."""
