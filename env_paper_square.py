@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -301,8 +302,8 @@ class PaperSquareVectorEnv(VectorEnv):
         self._renderer = self._viewer = self._scene = self._scene_data = None
         self.key_callback = None  # called with the GLFW code of each key that is pressed in the viewer
 
-    def reset(self, *, seed: int | list[int | None] | None = None, options: dict | None = None):
-        """Start episodes; environment i is seeded with `seed + i`, or with `seed[i]`.
+    def reset(self, *, seed: int | Sequence | None = None, options: dict | None = None):
+        """Start episodes; environment i is seeded with `seed + i`, or with `seed[i]`: None, or what `default_rng` takes.
 
         `options={"reset_mask": mask}` with a boolean array (num_envs,) resets only those environments;
         `options={"episode_steps": steps}` with integers (num_envs,) counts so many of their steps as taken already.
