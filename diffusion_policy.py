@@ -291,7 +291,7 @@ if __name__ == "__main__":
     if global_step == 0:
         judge(validate)
     while global_step < args.train_steps:
-        run.save(globals(), global_step)  # now and then, and if the run is to stop, which it does here
+        run.save(global_step)  # now and then, and if the run is to stop, which it does here
         global_step, step_start = global_step + 1, time.perf_counter()
 
         # Schedule
@@ -329,4 +329,5 @@ if __name__ == "__main__":
             losses, seconds = [], 0.0
         if global_step % args.eval_freq == 0 or global_step == args.train_steps:
             judge(validate)
+    run.end(global_step)
     judge(report)  # on test episodes, which nothing was chosen by

@@ -303,7 +303,7 @@ class PaperSquareVectorEnv(VectorEnv):
         self.key_callback = None  # called with the GLFW code of each key that is pressed in the viewer
 
     def reset(self, *, seed: int | Sequence | None = None, options: dict | None = None):
-        """Start episodes; environment i is seeded with `seed + i`, or with `seed[i]`: None, or what `default_rng` takes.
+        """Start episodes; environment i is seeded with `seed + i`, or with `seed[i]`, which may be a SeedSequence.
 
         `options={"reset_mask": mask}` with a boolean array (num_envs,) resets only those environments;
         `options={"episode_steps": steps}` with integers (num_envs,) counts so many of their steps as taken already.

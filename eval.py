@@ -23,7 +23,7 @@ import tyro
 from gymnasium.vector import AutoresetMode, VectorEnv
 from tqdm import tqdm
 
-from base_policies import BASES, BaseFlags, make_base
+from base_policies import BASES, BaseFlags, BasePolicy, make_base
 from env_paper_square import POLICY_HZ, EnvArgs, PaperSquareVectorEnv, room
 from figures import check_rendering, choose_films, film_episode, plot_results, plot_sweep, watch
 from runs import (
@@ -33,6 +33,7 @@ from runs import (
     Whole,
     env_of,
     find_device,
+    fingerprint,
     load_checkpoint,
     load_module,
     parse,
@@ -360,7 +361,7 @@ def task_of(checkpoint: dict) -> partial:
 
 def load_policies(args: Args) -> tuple[dict, dict]:
     """The policies that the flags ask for, by name, and what makes the environments of each."""
-    policies, tasks, bases = {}, {}, {}
+    policies, tasks, bases = {}, {}, {}  # bases: what each is, by its name
     device = find_device(args.device)
     asked = {name: getattr(args, name) for name in ("tape_half_size", "randomize_xy", "randomize_yaw")}
     overrides = {name: value for name, value in asked.items() if value is not None}
@@ -368,16 +369,14 @@ def load_policies(args: Args) -> tuple[dict, dict]:
         policy, task, checkpoint = load_policy(path, args.script, args.stochastic, device)
         task, flags = partial(task, **overrides), checkpoint["args"]
         name = f"{flags['exp_name']} seed {flags['seed']}"
-        if name in policies:
-            name = f"{Path(path).parent.name}/{Path(path).stem}"
+        name = path if name in policies else name
         if args.compare_base and hasattr(policy, "base_policy"):  # pure RL has none
-            base_name = f"base {flags['base_policy']}"
-            base = {key: flags.get(key) for key in ("base_policy", *BaseFlags.__dataclass_fields__)} | task.keywords
-            if bases.setdefault(base_name, base) != base:
-                base_name = f"{base_name} of {name}"
+            base_name, base = f"base {flags['base_policy']}", fingerprint([policy.base_policy, task.keywords])
+            base_name = base_name if bases.setdefault(base_name, base) == base else f"{base_name} of {name}"
+            bases[base_name] = base
             policies[base_name], tasks[base_name] = policy.base_policy, task
         policies[name], tasks[name] = policy, task
-    if args.compare_base and not any(name.startswith("base ") for name in policies):
+    if args.compare_base and not bases:
         raise UserError("--compare-base needs a checkpoint of a residual script: found none that has a base policy")
     shared = next(iter(tasks.values()), partial(PaperSquareVectorEnv, **overrides))
     act_scale = shared.keywords.get("act_scale", EnvArgs.act_scale)
@@ -416,7 +415,6 @@ def validate(run, policy, checkpoint: dict) -> None:
 
 def report(run, policy, checkpoint: dict) -> None:
     """End a training: play test episodes, the base too if there is one, print the table, write results.json."""
-    run.close()
     policies = {run.flags.exp_name: policy}
     if hasattr(policy, "base_policy"):
         base = f"base {run.flags.base_policy}"
@@ -424,11 +422,16 @@ def report(run, policy, checkpoint: dict) -> None:
     seeds = range(TEST_SEED, TEST_SEED + run.flags.test_episodes)
     task = partial(task_of(checkpoint), num_threads=run.flags.num_threads)
     results = {name: summarize(play_episodes(policy, seeds, task, progress=name)) for name, policy in policies.items()}
+    everything = {"policies": results, "evaluations": run.evaluations, "args": checkpoint["args"]}
+    write_json(run.dir / "results.json", everything)
+    row = results[list(policies)[-1]]
+    run.log(
+        checkpoint["global_step"], {f"test/{key}": row[key] for key in ("success_rate", "mean_return", "mean_length")}
+    )
+    run.writer.close()
     minutes, count = run.evaluations[-1]["seconds"] / 60, len(seeds)
     print(f"{checkpoint['global_step']} steps, {minutes:.1f} min of training; {count} held-out test episodes:")
     print(format_table(results))
-    everything = {"policies": results, "evaluations": run.evaluations, "args": checkpoint["args"]}
-    write_json(run.dir / "results.json", everything)
     command = ["python", "eval.py", "--model-path", str(run.dir / "last.safetensors"), "--save-video"]
     if run.source.resolve().parent != ROOT:
         command += ["--script", str(run.dir / run.source.name)]
@@ -487,21 +490,23 @@ if __name__ == "__main__":
     results = {}
     for name, policy in policies.items():
         results[name] = summarize(play_episodes(policy, seeds, tasks[name], args.num_envs, progress=name))
-    print(format_table(results))
     everything = {"policies": results, "args": asdict(args)}
+    write_json(output_dir / "results.json", everything)
+    print(format_table(results))
     if args.sweep:
         everything["sweep"] = run_sweep(policies, tasks, seeds, args.num_envs, args.sweep[0], values)
+        write_json(output_dir / "results.json", everything)
         print(f"\nsuccess by {args.sweep[0]}:\n{format_sweep(everything['sweep'])}")
         plot_sweep(everything["sweep"], *SWEEPS[args.sweep[0]], output_dir / f"sweep_{args.sweep[0]}.png")
         print(f"wrote {output_dir / f'sweep_{args.sweep[0]}.png'}")
-    write_json(output_dir / "results.json", everything)
     print(f"wrote {output_dir / 'results.json'}")
     if args.plot:
         tape_half_size = next(iter(tasks.values())).keywords.get("tape_half_size", EnvArgs.tape_half_size)
         plot_results(results, output_dir / "results.png", tape_half_size)
         print(f"wrote {output_dir / 'results.png'}")
     if args.save_video:
-        first = next((name for name in policies if not name.startswith("base ")), next(iter(policies)))
+        others = (name for name, policy in policies.items() if not isinstance(policy, BasePolicy))
+        first = next(others, next(iter(policies)))
         chosen = choose_films(results[first]["episodes"], args.video_episodes)
         for seed, kind in tqdm(chosen.items(), desc="filming", unit="ep", leave=False):
             path = output_dir / f"{kind}_{seed}.{args.video_format}"

@@ -253,7 +253,7 @@ if __name__ == "__main__":
     if global_step == 0:
         judge(validate)
     for iteration in range(global_step // batch_size + 1, num_iterations + 1):
-        run.save(globals(), global_step)  # now and then, and if the run is to stop, which it does here
+        run.save(global_step)  # now and then, and if the run is to stop, which it does here
 
         # Schedules
         progress = (iteration - 1) / num_iterations
@@ -364,5 +364,6 @@ if __name__ == "__main__":
         run.log(global_step, scalars, show="rollout/success_rate")
         if global_step >= args.eval_freq * len(run.evaluations) or iteration == num_iterations:
             judge(validate)
+    run.end(global_step)
     judge(report)  # on test episodes, which nothing was chosen by
     envs.close()

@@ -4,7 +4,8 @@
     run = Run(args, __file__, total=args.total_timesteps)
     run.begin(globals())                                # with --resume, every variable becomes what it was
     for iteration in ...:
-        run.save(globals(), global_step)                # now and then, and when the run is asked to stop
+        run.save(global_step)                           # now and then, and when the run is asked to stop
+    run.end(global_step)
 
 A script goes on from all that it has made before its loop. So a copy that adds a network, a hidden state or a generator
 need not declare it, and what cannot be saved is an error before the training begins.
@@ -39,11 +40,13 @@ import numpy as np
 import safetensors.torch
 import torch
 import tyro
+from filelock import FileLock, Timeout
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 STATE, PREVIOUS = "state.safetensors", "state_previous.safetensors"
+LOCKS = []  # held to the end of the process
 
 
 class UserError(ValueError):
@@ -155,6 +158,7 @@ def parse(kind: type) -> Any:
         raise SystemExit(2)
 
     sys.excepthook = hook
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show ends nothing
     # In TensorBoard's writer, a thread, an OSError comes up again when it is next called
     threading.excepthook = lambda args: issubclass(args.exc_type, OSError) or threading.__excepthook__(args)
     args = tyro.cli(kind)
@@ -284,6 +288,22 @@ def digest(tensors: dict, content: str = "") -> str:
     return sha.hexdigest()
 
 
+def fingerprint(value: object) -> str:
+    """The same for the same data: whether two things are one, whatever their names are."""
+    tensors = {}
+    content = json.dumps(pack(value, tensors, ""))
+    return digest(tensors, content)
+
+
+def lock(folder: Path) -> None:
+    """Have a folder to oneself until this process ends; raises UserError if another one has it."""
+    try:
+        LOCKS.append(FileLock(folder / ".lock", timeout=0))
+        LOCKS[-1].acquire()
+    except Timeout as error:
+        raise UserError(f"another process is writing into {folder}: wait for it, or choose another folder") from error
+
+
 def save_checkpoint(checkpoint: dict, path: Path) -> None:
     """Write what `pack` takes; raises TypeError for anything else, and OSError."""
     tensors = {}
@@ -293,7 +313,11 @@ def save_checkpoint(checkpoint: dict, path: Path) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """What `save_checkpoint` wrote, with at least "script" and "args"; raises UserError for any other file."""
+    """What `save_checkpoint` wrote, with at least "script" and "args"; raises UserError for any other file.
+
+    A path that leads nowhere from here is taken from this project's folder, where assets/ lies.
+    """
+    path = path if Path(path).exists() else ROOT / path
     try:
         with safetensors.safe_open(path, "pt") as file:
             header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -447,7 +471,7 @@ class Run:
         """
         if "__name__" not in namespace:
             raise TypeError("begin takes globals(): the variables of a function cannot be brought back")
-        others = (*NO_STATE, Flags, Run)
+        others, self.namespace = (*NO_STATE, Flags, Run), namespace
         self.names = [name for name, value in namespace.items() if name[0] != "_" and not isinstance(value, others)]
         try:
             pack({name: namespace[name] for name in self.names}, {}, "")
@@ -462,7 +486,7 @@ class Run:
             signal.signal(number, self.note_signal)
         self.start_time = time.perf_counter()
         if self.state:
-            self.restore(namespace)
+            self.restore()
         elif self.rank == 0:
             self.make_dir()
         if self.rank == 0 and self.flags.track:
@@ -489,12 +513,14 @@ class Run:
         write_json(self.dir / "args.json", asdict(self.flags))
         shutil.copyfile(self.source, self.dir / self.source.name)
 
-    def restore(self, namespace: dict) -> None:
+    def restore(self) -> None:
         """Make the variables what they were when the state was saved; raises UserError if this script cannot go on."""
         if self.state["script"] != self.script:
             raise UserError(f"--resume {self.dir}: this run is of {self.state['script']}.py, not of {self.script}.py")
         if (self.dir / "results.json").exists():
             raise UserError(f"--resume {self.dir}: this run has come to its end")
+        if self.rank == 0:
+            lock(self.dir)
         if (self.dir / self.source.name).read_bytes() != self.source.read_bytes():
             print(f"warning: {self.source.name} has changed since the run began", file=sys.stderr)
         try:
@@ -504,7 +530,7 @@ class Run:
             if changed := sorted(processes[self.rank].keys() ^ self.names):
                 raise ValueError(f"the script has other variables now: {', '.join(changed)}")
             for name, state in processes[self.rank].items():
-                namespace[name] = restored(namespace[name], state, name)
+                self.namespace[name] = restored(self.namespace[name], state, name)
             random_states(self.state["random"])
             self.evaluations, self.next_save = self.state["evaluations"], self.state["global_step"] + 1
             self.start_time -= self.state["seconds"]
@@ -534,14 +560,14 @@ class Run:
         env = {"module": module, "class": kind.__name__, "rows": kind.OBS_ROWS, "kwargs": env_kwargs}
         return {"script": self.script, "args": asdict(self.flags), "env": env, "global_step": global_step, **parts}
 
-    def save(self, namespace: dict, global_step: int) -> None:
-        """Save the variables every --save-freq steps; and where the run is asked to stop, which ends it here."""
+    def save(self, global_step: int, now: bool = False) -> None:
+        """Save the variables every --save-freq steps, or `now`; where the run is asked to stop, it ends here."""
         stopping = max(self.gather(self.signal))
-        if global_step < self.next_save and not stopping:
+        if global_step < self.next_save and not stopping and not now:
             return
         self.next_save = (global_step // self.flags.save_freq + 1) * self.flags.save_freq
         tensors = {}
-        variables = pack({name: namespace[name] for name in self.names}, tensors, "")
+        variables = pack({name: self.namespace[name] for name in self.names}, tensors, "")
         state = {"script": self.script, "args": asdict(self.flags), "global_step": global_step}
         state |= {"processes": self.gather(unpack(variables, tensors)), "random": random_states()}
         state |= {"evaluations": self.evaluations, "seconds": time.perf_counter() - self.start_time}
@@ -556,22 +582,29 @@ class Run:
                 pass  # not there yet, or damaged: the previous one is better
             new.replace(current)
         if stopping:
-            self.close()
             self.gather(0)  # all wait for the first process
-            if self.rank == 0:
-                command = shlex.join(["python", sys.argv[0], "--resume", str(self.dir)])
-                print(f"stopped; go on with: {command}", file=sys.stderr)
-            raise SystemExit(128 + stopping)
+            self.stop(stopping)
+
+    def stop(self, number: int, frame=None) -> None:
+        """End the process by a signal, after the state was saved."""
+        self.bar.close()
+        if self.rank == 0:
+            self.writer.close()
+            command = shlex.join(["python", sys.argv[0], "--resume", str(self.dir)])
+            print(f"stopped; go on with: {command}", file=sys.stderr)
+        raise SystemExit(128 + number)
 
     def note_signal(self, number: int, frame) -> None:
         """Lets the script save before it ends; a second signal ends it at once."""
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
 
-    def close(self) -> None:
+    def end(self, global_step: int) -> None:
+        """The training is over: save it, so that whatever comes now may be stopped at once."""
+        self.save(global_step, now=True)
         self.bar.close()
-        if self.rank == 0:
-            self.writer.close()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.stop)
 
 
 class Episodes:

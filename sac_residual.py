@@ -315,7 +315,7 @@ if __name__ == "__main__":
     if global_step == 0:
         judge(validate)
     for iteration in range(global_step // args.num_envs + 1, num_iterations + 1):
-        run.save(globals(), global_step)  # now and then, and if the run is to stop, which it does here
+        run.save(global_step)  # now and then, and if the run is to stop, which it does here
 
         # Schedules
         progress = (iteration - 1) / num_iterations
@@ -443,5 +443,6 @@ if __name__ == "__main__":
             seconds[:] = 0.0
         if global_step >= args.eval_freq * len(run.evaluations) or iteration == num_iterations:
             judge(validate)
+    run.end(global_step)
     judge(report)  # on test episodes, which nothing was chosen by
     envs.close()
