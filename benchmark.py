@@ -34,9 +34,9 @@ from base_policies import BaseFlags, make_base
 from env_paper_square import OBS_DIM, PaperSquareVectorEnv
 from eval import RandomPolicy, align
 from ppo_residual import Agent, make_policy
-from runs import ROOT, Flags, Real, UserError, Whole, load_checkpoint, parse
+from runs import ROOT, Flags, Real, UserError, Whole, available_cores, load_checkpoint, parse
 
-CORES = os.cpu_count()
+CORES = available_cores()
 NUM_ENVS, ROLLOUT = 128, 4096  # of ppo.py and ppo_residual.py: environments, and steps per rollout over all of them
 TRAININGS = {  # script: steps to train for; those of them at the start that do not count
     "ppo.py": (100_000, ROLLOUT),

@@ -253,10 +253,12 @@ def add_noise(x, noise, alpha_cumprod):
 
 def ddim(denoise, x, alphas_cumprod, num_inference_steps):
     """Chunks from noise x (n, chunk_size, 6) by DDIM with eta = 0; denoise(x, t) estimates the noise-free ones."""
-    stride = len(alphas_cumprod) // num_inference_steps
-    # Begins a stride below the last timestep, which holds too little signal to divide by
-    for t in range((num_inference_steps - 1) * stride, -1, -stride):
-        alpha, next_alpha = alphas_cumprod[t], alphas_cumprod[t - stride] if t else torch.ones(())
+    last = len(alphas_cumprod) - 1
+    # Several steps begin a stride below the last timestep, which holds too little signal to divide by
+    timesteps = [k * (last + 1) // num_inference_steps for k in range(num_inference_steps)][::-1]
+    timesteps = timesteps if num_inference_steps > 1 else [last]  # one step from timestep 0 would take noise for signal
+    for t, next_t in zip(timesteps, [*timesteps[1:], None], strict=True):
+        alpha, next_alpha = alphas_cumprod[t], torch.ones(()) if next_t is None else alphas_cumprod[next_t]
         estimate = denoise(x, t)
         noise = (x - alpha.sqrt() * estimate) / (1.0 - alpha).sqrt()  # what x holds if the estimate is right
         x = add_noise(estimate, noise, next_alpha)

@@ -8,7 +8,6 @@
 The environment knows nothing of base policies or residuals. `EnvArgs` are the flags that the training scripts inherit.
 """
 
-import atexit
 import copy
 import importlib
 import os
@@ -17,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -26,9 +26,13 @@ import mujoco
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
-from mujoco.batch import Batch
 
-from runs import Flags, Real, Whole, restored
+from runs import Flags, Real, Whole, available_cores, restored
+
+try:
+    from mujoco.batch import Batch
+except ImportError as error:
+    raise ImportError(f"mujoco {mujoco.__version__} has no mujoco.batch, which came with 3.17: update it") from error
 
 SCENE_PATH = Path(__file__).resolve().parent / "assets" / "paper_square.xml"
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
@@ -189,8 +193,9 @@ class PaperSquareVectorEnv(VectorEnv):
     of that name to change it, from each environment's next episode on); the weights `success_weight`,
     `distance_weight`, `orientation_weight`, `time_weight`, `reach_weight`; `randomize` and its four scales;
     `physics_hz`, `control_hz`, `policy_hz` (each must divide the one before it); `num_threads` (0: all cores);
-    `autoreset_mode` (`SAME_STEP`, or `DISABLED` with `reset(options={"reset_mask": mask})`); `render_mode` (None,
-    "rgb_array", "human": the first environment in MuJoCo's viewer), `camera` (top, side, wrist), `width`, `height`.
+    `autoreset_mode` (`SAME_STEP`, `NEXT_STEP`, or `DISABLED` with `reset(options={"reset_mask": mask})`); `render_mode`
+    (None, "rgb_array", "human": the first environment in MuJoCo's viewer), `camera` (top, side, wrist), `width`,
+    `height`.
 
     Raises ValueError for arguments, seeds or actions that it cannot use.
     """
@@ -201,7 +206,8 @@ class PaperSquareVectorEnv(VectorEnv):
     # What no step changes, or what follows from the rest
     _FIXED = {"model", "batch", "spec", "autoreset_mode", "metadata", "key_callback", "_fingertip", "fingertip_force"}
     _FIXED |= {"single_action_space", "single_observation_space", "action_space", "observation_space"}
-    _FIXED |= {"_renderer", "_viewer", "_viewer_threads", "_next_frame", "_scene", "_scene_data"}
+    _FIXED |= {"_renderer", "_viewer", "_close_renderer", "_close_viewer", "_scene", "_scene_data", "_next_frame"}
+    _FIXED |= {"_arguments"}
 
     def __init__(
         self,
@@ -225,21 +231,22 @@ class PaperSquareVectorEnv(VectorEnv):
         control_hz: int = 180,
         policy_hz: int = POLICY_HZ,
         num_threads: int = 0,
-        autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         render_mode: str | None = None,
         camera: str = "side",
         width: int = 640,
         height: int = 480,
     ):
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, found {num_envs}")
+        arguments = locals()
+        EnvArgs(**{field.name: arguments[field.name] for field in fields(EnvArgs)})  # checks their limits
+        for name in ("num_envs", "max_episode_steps", "hold_steps", "width", "height"):
+            if not arguments[name] >= 1:
+                raise ValueError(f"{name} must be at least 1, found {arguments[name]}")
         if min(physics_hz, control_hz, policy_hz) < 1 or physics_hz % control_hz or control_hz % policy_hz:
             raise ValueError(
                 "each rate must divide the one before it, as in physics 360, control 180, policy 30 Hz; "
                 f"found physics_hz={physics_hz}, control_hz={control_hz}, policy_hz={policy_hz}"
             )
-        if autoreset_mode not in (AutoresetMode.SAME_STEP, AutoresetMode.DISABLED):
-            raise ValueError(f"autoreset_mode must be SAME_STEP or DISABLED, found {autoreset_mode}")
         if render_mode not in (None, "rgb_array", "human"):
             raise ValueError(f"render_mode must be None, 'rgb_array' or 'human', found {render_mode!r}")
         self.num_envs = num_envs
@@ -257,12 +264,12 @@ class PaperSquareVectorEnv(VectorEnv):
         ) * float(randomize)
         self.control_ticks = control_hz // policy_hz
         self.physics_steps = physics_hz // control_hz
-        self.autoreset_mode = autoreset_mode
+        self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.render_mode, self.camera, self.width, self.height = render_mode, camera, width, height
         self.metadata = {
             "render_modes": ["rgb_array", "human"],
             "render_fps": policy_hz,
-            "autoreset_mode": autoreset_mode,
+            "autoreset_mode": self.autoreset_mode,
         }
         self.single_action_space = gym.spaces.Box(-1.0, 1.0, (6,), np.float32)
         self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (OBS_DIM,), np.float32)
@@ -277,7 +284,7 @@ class PaperSquareVectorEnv(VectorEnv):
             spec.delete(element)
         spec.memory = 2**19  # bytes for contacts, which take 27 kB; of the default, 15 MB, 2000 leave none to fork
         self.model = spec.compile()
-        self.batch = Batch(self.model, num_envs, num_threads, persistent=True)
+        self.batch = Batch(self.model, num_envs, num_threads or available_cores(), persistent=True)
         self._block = 32 * self.batch.nthread  # environments stepped together, so few that the caches hold their data
         self.pair_friction = self.batch.expand("pair_friction")  # (num_envs, pairs, 5), drawn at every reset
         self._body_mass, self._body_inertia = self.batch.expand("body_mass"), self.batch.expand("body_inertia")
@@ -299,8 +306,17 @@ class PaperSquareVectorEnv(VectorEnv):
         self._tape_half_size = np.zeros(num_envs)
         self._hold_counter = np.zeros(num_envs, dtype=np.int64)
         self._episode_steps = np.zeros(num_envs, dtype=np.int64)
+        self._ended = np.zeros(num_envs, dtype=bool)  # of NEXT_STEP: what the coming step starts anew
         self._renderer = self._viewer = self._scene = self._scene_data = None
         self.key_callback = None  # called with the GLFW code of each key that is pressed in the viewer
+
+    def __new__(cls, *args, **kwargs):
+        envs = super().__new__(cls)
+        envs._arguments = args, kwargs
+        return envs
+
+    def __reduce__(self):
+        return remake, (type(self), *self._arguments, self.state_dict())
 
     def reset(self, *, seed: int | Sequence | None = None, options: dict | None = None):
         """Start episodes; environment i is seeded with `seed + i`, or with `seed[i]`, which may be a SeedSequence.
@@ -319,14 +335,15 @@ class PaperSquareVectorEnv(VectorEnv):
             raise ValueError(f"a list of seeds needs one per environment: expected {self.num_envs}, found {len(seed)}")
         taken = (options or {}).get("episode_steps")
         episode_steps = np.zeros(self.num_envs, dtype=np.int64) if taken is None else np.asarray(taken)
-        in_range = np.isin(episode_steps, np.arange(self.max_episode_steps))
-        if episode_steps.shape != (self.num_envs,) or not in_range.all():
+        whole = episode_steps.dtype.kind == "i" and episode_steps.shape == (self.num_envs,)
+        if not (whole and (episode_steps >= 0).all() and (episode_steps < self.max_episode_steps).all()):
             raise ValueError(f"episode_steps must be {self.num_envs} integers from 0 to {self.max_episode_steps - 1}")
         for i in np.flatnonzero(mask):
             if seed[i] is not None or self._rngs[i] is None:
                 self._rngs[i] = np.random.default_rng(seed[i])
         self._start_episodes(np.flatnonzero(mask))
         self._episode_steps[mask] = episode_steps[mask]
+        self._ended[mask] = False
         long_axis, _ = self._sheet_axes()
         infos = self._state_info(long_axis)
         return self._observe(long_axis), {**infos, **{f"_{key}": mask.copy() for key in infos}}
@@ -335,27 +352,31 @@ class PaperSquareVectorEnv(VectorEnv):
         """Advance every environment by one policy step.
 
         Takes actions (num_envs, 6) in [-1, 1]; returns observations, rewards, terminations, truncations, infos as
-        Gymnasium defines them. An environment that ends is reset in the same step; its last observation and info are
-        then in `infos["final_obs"]` and `infos["final_info"]`.
+        Gymnasium defines them. With SAME_STEP an environment that ends is reset in the same step; its last observation
+        and info are then in `infos["final_obs"]` and `infos["final_info"]`.
         """
         actions = np.asarray(actions, dtype=np.float64)
         if actions.shape != (self.num_envs, 6) or not np.isfinite(actions).all():
             raise ValueError(f"actions must be finite and of shape ({self.num_envs}, 6), found shape {actions.shape}")
         if None in self._rngs:
             raise gym.error.ResetNeeded("reset every environment before the first step")
+        fresh = self._ended
+        if fresh.any():  # of NEXT_STEP: their step is the reset
+            self._start_episodes(np.flatnonzero(fresh))
+            actions = np.where(fresh[:, None], 0.0, actions)
         previous = self._joint_target
         self._joint_target = np.clip(
             previous + self.act_scale * np.clip(actions, -1.0, 1.0), self.ctrl_low, self.ctrl_high
         )
         change = self._joint_target - previous
-        before, ids = self.batch.state.copy(), np.flatnonzero(~self.paused)
+        before, ids = self.batch.state.copy(), np.flatnonzero(~self.paused & ~fresh)
         for start in range(0, len(ids), self._block):
             some = ids[start : start + self._block]
             for tick in range(1, self.control_ticks + 1):
                 self._ctrl[some] = previous[some] + tick / self.control_ticks * change[some]
                 stage = mujoco.mjtStage.mjSTAGE_VEL if tick == self.control_ticks else mujoco.mjtStage.mjSTAGE_NONE
                 self.batch.step(some, self.physics_steps, stage.value)  # the last one brings the positions up to date
-        self._episode_steps += 1
+        self._episode_steps += ~fresh
         diverged = self.batch.warning[:, :, 1].any(axis=1) | ~np.isfinite(self.batch.state).all(axis=1)
         if diverged.any():
             self.batch.state[diverged] = before[diverged]
@@ -363,11 +384,11 @@ class PaperSquareVectorEnv(VectorEnv):
 
         axes = self._sheet_axes()
         inside = self._is_inside(*axes)
-        self._hold_counter = np.where(inside & ~diverged, self._hold_counter + 1, 0)
+        self._hold_counter = np.where(inside & ~diverged & ~fresh, self._hold_counter + 1, 0)
         terminations = self._hold_counter >= self.hold_steps
         truncations = ~terminations & (diverged | (self._episode_steps >= self.max_episode_steps))
         infos = {**self._state_info(axes[0]), "physics_reset": diverged}
-        terms = self._reward_terms(infos)
+        terms = {name: np.where(fresh, 0.0, term) for name, term in self._reward_terms(infos).items()}
         rewards = np.sum(list(terms.values()), axis=0)
         infos |= {f"reward/{name}": value for name, value in terms.items()}
         observations = self._observe(axes[0])
@@ -375,6 +396,7 @@ class PaperSquareVectorEnv(VectorEnv):
             self.render()
 
         done = terminations | truncations
+        self._ended = done & (self.autoreset_mode == AutoresetMode.NEXT_STEP)
         if self.autoreset_mode == AutoresetMode.SAME_STEP and done.any():
             final_obs = np.full(self.num_envs, None, dtype=object)
             final_info = {key: np.where(done, value, np.zeros_like(value)) for key, value in infos.items()}
@@ -420,6 +442,7 @@ class PaperSquareVectorEnv(VectorEnv):
         if self._renderer is None:
             self._load_scene()
             self._renderer = make_renderer(self._scene, self.height, self.width)
+            self._close_renderer = weakref.finalize(self, self._renderer.close)  # at exit, while its context is there
         self._pose_scene(index)
         self._renderer.update_scene(self._scene_data, camera or self.camera)
         return self._renderer.render()
@@ -435,7 +458,8 @@ class PaperSquareVectorEnv(VectorEnv):
             self._viewer = viewer.launch_passive(
                 self._scene, self._scene_data, key_callback=self.key_callback, **hidden
             )
-            self._viewer_threads = set(threading.enumerate()) - threads
+            threads = set(threading.enumerate()) - threads
+            self._close_viewer = weakref.finalize(self, close_viewer, self._viewer, threads)
             self._next_frame = time.perf_counter()
         self._pose_scene(0)
         self._viewer.sync()
@@ -465,11 +489,9 @@ class PaperSquareVectorEnv(VectorEnv):
 
     def close_extras(self, **kwargs) -> None:
         if self._renderer is not None:
-            self._renderer.close()
+            self._close_renderer()
         if self._viewer is not None:
-            self._viewer.close()
-            for thread in self._viewer_threads:  # it still draws its last frame, and must not outlive the window
-                thread.join(timeout=5.0)
+            self._close_viewer()
         self._renderer = self._viewer = None
 
     def _start_episodes(self, ids: np.ndarray) -> None:
@@ -604,15 +626,32 @@ def make_renderer(model: mujoco.MjModel, height: int, width: int) -> mujoco.Rend
         importlib.import_module("mujoco.rendering.classic.gl_context").GLContext = importlib.import_module(
             f"mujoco.{backend}"
         ).GLContext
-    renderer = mujoco.Renderer(model, height, width)
-    atexit.register(renderer.close)  # later, the interpreter would free the context under it
-    return renderer
+    return mujoco.Renderer(model, height, width)
+
+
+def close_viewer(viewer, threads: set[threading.Thread]) -> None:
+    viewer.close()
+    for thread in threads:  # it still draws its last frame, and must not outlive the window
+        thread.join(timeout=5.0)
+
+
+def remake(kind: type, args: tuple, kwargs: dict, state: dict) -> VectorEnv:
+    """An environment as another was, for `copy` and `pickle`."""
+    envs = kind(*args, **kwargs)
+    envs.load_state_dict(state)
+    return envs
+
+
+def make_single(**kwargs) -> "PaperSquareEnv":
+    """What `gym.make` calls: its TimeLimit ends the episodes, after the registered number of steps or another one."""
+    return PaperSquareEnv(max_episode_steps=2**31, **kwargs)
 
 
 gym.register(
     "PaperSquare-v0",
-    entry_point="env_paper_square:PaperSquareEnv",
+    entry_point="env_paper_square:make_single",
     vector_entry_point="env_paper_square:PaperSquareVectorEnv",
+    max_episode_steps=400,
 )
 
 
@@ -639,6 +678,6 @@ if __name__ == "__main__":
     for _ in range(20):  # the bound: from here on, one thread that only calls mj_step, times the cores
         for model, data in simulations:
             mujoco.mj_step(model, data, envs.control_ticks * envs.physics_steps)
-    bound = os.cpu_count() * 20 * num_envs / (time.perf_counter() - start)
+    bound = available_cores() * 20 * num_envs / (time.perf_counter() - start)
     speed = num_envs * num_steps / seconds
-    print(f"{speed:,.0f} steps/s on {os.cpu_count()} cores, {speed / bound:.2f} of what the physics alone would take")
+    print(f"{speed:,.0f} steps/s, {speed / bound:.2f} of what the physics alone would take on all cores")

@@ -25,7 +25,20 @@ from torch.distributions.normal import Normal
 from base_policies import BaseArgs, make_base
 from env_paper_square import EnvArgs, env_kwargs, eval_kwargs
 from eval import report, validate
-from runs import Episodes, Real, Run, RunArgs, UserError, Whole, env_of, find_device, flags_of, parse, rebuild
+from runs import (
+    Episodes,
+    Real,
+    Run,
+    RunArgs,
+    UserError,
+    Whole,
+    available_cores,
+    env_of,
+    find_device,
+    flags_of,
+    parse,
+    rebuild,
+)
 
 
 @dataclass
@@ -230,7 +243,7 @@ if __name__ == "__main__":
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if args.num_envs % world_size or args.minibatch_size % world_size:
         raise UserError(f"--num-envs and --minibatch-size must be divisible by the {world_size} processes")
-    num_envs, num_threads = args.num_envs // world_size, args.num_threads or max(1, os.cpu_count() // world_size)
+    num_envs, num_threads = args.num_envs // world_size, args.num_threads or max(1, available_cores() // world_size)
     own_envs, own_samples = slice(rank * num_envs, (rank + 1) * num_envs), slice(rank, None, world_size)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.torch_threads)

@@ -18,9 +18,11 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Iterator
@@ -31,16 +33,16 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from scipy.stats import binomtest, bootstrap, mannwhitneyu, trim_mean
+from scipy.stats import binomtest, bootstrap, mannwhitneyu
 
 from figures import pyplot, save_figure
-from runs import ROOT, Flags, UserError, Whole, parse, write_whole
+from runs import ROOT, Flags, UserError, Whole, available_cores, fingerprint, load_checkpoint, lock, parse, write_whole
 
 PURE_RL = "ppo.py --num-envs 64 --minibatch-size 512 --total-timesteps 1000000 --reach-weight -1"
 SHORT_PPO = "ppo_residual.py --total-timesteps 100000"  # stopped while it still learns
 SHORT_SAC = "sac_residual.py --total-timesteps 20000 --eval-freq 10000"
 QUICK = "--total-timesteps 1024 --num-envs 8 --eval-episodes 4"
-RECORD = "record_demos.py --num-episodes 100 --output-dir"
+RECORD = "record_demos.py --model-path assets/ppo_residual.safetensors --num-episodes 100 --output-dir"
 ALPHA = "ppo_residual.py --alpha 0.3"
 ACT = "--il-checkpoint assets/act.safetensors"
 DIFFUSION = "--il-checkpoint assets/diffusion_policy.safetensors"
@@ -60,8 +62,8 @@ class Suite:
     """seeds of each method; a base policy alone is deterministic and has one"""
     episodes: int = 1000
     """held-out test episodes that each run is judged by"""
-    demos: str = ""
-    """folder of the demonstrations that the runs need; recorded first, unless it exists"""
+    demos: bool = False
+    """whether commands name "demos": demonstrations of the residual in assets/, which are recorded first"""
 
 
 SUITES = {
@@ -102,7 +104,7 @@ SUITES = {
             "Jacobian and ACT + residual": f"{ALPHA} --base-policy hybrid {BLEND}",
         },
         references=("Jacobian", "ACT", "diffusion", "Jacobian and ACT"),
-        demos="demos",
+        demos=True,
     ),
     "ablations": Suite(
         {
@@ -198,9 +200,27 @@ class Args(Flags):
 # Runs
 
 
+def demos_folder() -> Path:
+    """Where the demonstrations of a suite lie: named after the policy and the command that they are recorded by."""
+    policy = load_checkpoint("assets/ppo_residual.safetensors")
+    return Path("runs", f"demos_{fingerprint([RECORD, policy])[:12]}")
+
+
+def record_demos() -> None:
+    """Record them, whole or not at all, unless they are there."""
+    folder = demos_folder()
+    if not folder.exists():
+        part = folder.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)  # of one that was stopped
+        script, *flags = shlex.split(RECORD)
+        subprocess.run([sys.executable, str(ROOT / script), *flags, str(part)], check=True)
+        part.rename(folder)
+
+
 def commands(method: str, command: str, seed: int, episodes: int, cores: int) -> list[list[str]]:
     """What one run executes: the training, if there is one, and the evaluation of its last checkpoint."""
     script, *flags = shlex.split(command)
+    flags = [str(demos_folder()) if flag == "demos" else flag for flag in flags]
     name = re.sub(r"\W+", "_", method)  # runs side by side must not share a folder
     evaluate = ["eval.py", "--n-episodes", str(episodes), "--num-threads", str(cores)]
     if script == "eval.py":
@@ -223,19 +243,20 @@ def run(method: str, command: str, seed: int, episodes: int, cores: int) -> tupl
         return done.stdout
 
     *train, evaluate = commands(method, command, seed, episodes, cores)
-    folder, evaluations = Path(evaluate[-1]), []
+    folder, evaluations = Path(tempfile.mkdtemp(dir="runs")), []  # another process may play the same base
+    evaluate[-1] = str(folder)
     if train:
         run_dir = Path(re.search(r"^wrote (.+)$", execute(train[0]), re.MULTILINE)[1])
         evaluations = json.loads((run_dir / "results.json").read_text())["evaluations"]
         folder = run_dir / "test"
-        evaluate = [*evaluate[:-1], str(run_dir / "last.safetensors"), "--output-dir", str(folder)]
+        evaluate[-1:] = [str(run_dir / "last.safetensors"), "--output-dir", str(folder)]
     execute(evaluate)
     (policy,) = json.loads((folder / "results.json").read_text())["policies"].values()
     row = {
         "versions": ", ".join(
             [f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in PACKAGES)]
         ),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.system()} {platform.machine()}, {available_cores()} cores",
         "steps": evaluations[-1]["global_step"] if evaluations else 0,
         "training_s": round(evaluations[-1]["seconds"], 1) if evaluations else 0,
         "wall_clock_s": round(time.perf_counter() - start, 1),
@@ -304,7 +325,9 @@ def write_rows(suite: str, runs: list[dict], curves: list[dict], folder: Path) -
 
 
 def solved(rows: list[dict]) -> np.ndarray:
-    """Whether each run solved each test episode, (runs, episodes) of 0 and 1."""
+    """Whether each run solved each test episode, (runs, episodes) of 0 and 1; UserError if they played others."""
+    if len({row["episodes"] for row in rows}) > 1:
+        raise UserError(f"{rows[0]['method']}: its runs were judged by different numbers of episodes")
     outcomes = np.ones((len(rows), int(rows[0]["episodes"])))
     for outcome, row in zip(outcomes, rows, strict=True):
         outcome[[int(k) for k in row["failed_episodes"].split()]] = 0.0
@@ -312,7 +335,11 @@ def solved(rows: list[dict]) -> np.ndarray:
 
 
 def interquartile_mean(x, axis=-1):
-    return trim_mean(x, 0.25, axis=axis)
+    """Mean of the middle half; a run that the quarters cut counts by its part in it."""
+    x = np.sort(np.moveaxis(np.asarray(x, dtype=float), axis, -1))
+    n = x.shape[-1]
+    parts = np.minimum(np.arange(1, n + 1), 0.75 * n) - np.maximum(np.arange(n), 0.25 * n)  # of each run
+    return x @ parts.clip(0) / (n / 2)
 
 
 def probability_of_improvement(x, y, axis=-1):
@@ -457,18 +484,13 @@ def plot_success(runs: list[dict], path: Path) -> None:
     save_figure(figure, path, dpi=100)
 
 
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def current_commit() -> str:
     """Short hash of the project's commit, with -dirty if a script or a model is not as committed."""
 
     def git(*arguments):
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "assets/*.xml")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "assets")
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
@@ -494,7 +516,10 @@ def main(args: Args) -> int:
     episodes, seeds = args.episodes or suite.episodes, args.seeds or suite.seeds
     runs, curves = read_rows(args.suite, folder)
     runs = [row for row in runs if suite.methods.get(row["method"]) == row["command"]]  # not of an earlier suite
-    done = {(row["method"], row["seed"]) for row in runs if row["episodes"] == str(episodes)}
+    if others := {row["episodes"] for row in runs} - {str(episodes)}:
+        held = f"{folder} holds runs of this suite that were judged by {others.pop()} episodes, not {episodes}"
+        raise UserError(f"{held}: choose another --output-dir")
+    done = {(row["method"], row["seed"]) for row in runs}
     matrix = [
         (method, command, seed)
         for seed in range(1, seeds + 1)
@@ -514,11 +539,9 @@ def main(args: Args) -> int:
         runs.append(row | {"checksum": checksum(row, curve)})
         write_rows(args.suite, runs, curves, folder)
 
-    record = [*shlex.split(RECORD), suite.demos]
-    to_record = suite.demos and not Path(suite.demos).exists()
     if args.dry_run:
-        if to_record and matrix:
-            print(f"python {shlex.join(record)}")
+        if suite.demos and matrix:
+            print(f"python {RECORD} {shlex.quote(str(demos_folder()))}")
         for job in matrix:
             print("\n".join(f"python {shlex.join(line)}" for line in commands(*job, episodes, cores)))
         return 0
@@ -527,6 +550,8 @@ def main(args: Args) -> int:
     except ImportError as error:
         raise UserError("reproduce.py hands its runs to submitit: pip install submitit==1.5.4") from error
     folder.mkdir(parents=True, exist_ok=True)
+    lock(folder)
+    runs[:], curves[:] = read_rows(args.suite, folder)
     try:
         executor = submitit.AutoExecutor("runs/submitit", cluster=args.executor)
     except RuntimeError as error:  # no SLURM here
@@ -543,8 +568,8 @@ def main(args: Args) -> int:
             if row:
                 keep(row | {"method": method}, of_run(row, points))
                 matrix.remove((method, command, seed))
-    if to_record and matrix:
-        subprocess.run([sys.executable, str(ROOT / record[0]), *record[1:]], check=True)
+    if suite.demos and matrix:
+        record_demos()
     facts = {"commit": current_commit(), "cores": cores, "side_by_side": min(at_once, len(matrix))}
     start, failures = time.perf_counter(), 0
     print(f"{len(matrix)} runs, {facts['side_by_side']} side by side; {len(done)} done before", flush=True)
@@ -559,8 +584,8 @@ def main(args: Args) -> int:
         print(f"{minutes}: {percent(solved([row]).mean())} %", flush=True)
     runs, curves = read_rows(args.suite, folder)  # in their order
     if runs:
-        print(format_suite(args.suite, runs, curves))
         write_whole(folder / "table.md", partial(Path.write_bytes, data=format_everything(folder).encode()))
+        print(format_suite(args.suite, runs, curves))
         plot_curves(runs, curves, folder / f"{args.suite}_curves.png")
         plot_success(runs, folder / f"{args.suite}_success.png")
     return failures

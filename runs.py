@@ -19,6 +19,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import numbers
 import os
 import random
 import re
@@ -91,7 +92,9 @@ def fits(kind: Any, value: object) -> bool:
         return value in parts
     if origin in (tuple, list):
         return isinstance(value, origin) and all(any(fits(part, item) for part in parts) for item in value)
-    return kind not in (bool, int, float, str, types.NoneType) or type(value) in (kind, int if kind is float else kind)
+    if kind in (int, float):
+        return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+    return kind not in (bool, str, types.NoneType) or isinstance(value, kind)
 
 
 def describe(kind: Any) -> str:
@@ -177,6 +180,11 @@ def flags_of(kind: type, checkpoint: dict) -> Any:
         script = f"{checkpoint['script']}.py"
         keeps = f"its run keeps the script that it was started from: --script runs/NAME/{script}"
         raise UserError(f"the flags in the checkpoint are not those of {script} ({error}); {keeps}") from error
+
+
+def available_cores() -> int:
+    """Cores that this process may use, which on a shared machine are not all that it has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def find_device(name: str) -> torch.device:
