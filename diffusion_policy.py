@@ -17,9 +17,8 @@ import torch.nn as nn
 import torch.optim as optim
 
 from base_policies import FrozenILPolicy
-from env_paper_square import EnvArgs, PaperSquareVectorEnv, eval_kwargs
 from eval import report, validate
-from lerobot_dataset import Frames, load_demos
+from lerobot_dataset import Frames, load_demos, load_task
 from runs import Real, Run, RunArgs, Whole, env_of, find_device, flags_of, parse, rebuild
 
 FREQUENCIES = torch.logspace(0.0, -2.0, 16)  # of the sines and cosines that tell the timestep, rad per step
@@ -271,7 +270,8 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.torch_threads)
 
-    demos = {key: torch.tensor(rows) for key, rows in load_demos(args.dataset, args.num_demos).items()}
+    env, env_kwargs = load_task(args.dataset)  # it is judged by the task that was demonstrated
+    demos = {key: torch.tensor(rows) for key, rows in load_demos(args.dataset, args.num_demos, env).items()}
     sizes = {key: demos[key].shape[1] for key in ("state", "environment_state", "action")}
     network = Network(args, sizes)
     frames = make_frames(demos, network, args.chunk_size)
@@ -286,7 +286,7 @@ if __name__ == "__main__":
 
     def judge(how):
         parts = {"model": ema.state_dict(), "sizes": sizes}
-        checkpoint = run.checkpoint(PaperSquareVectorEnv, eval_kwargs(EnvArgs()), global_step, **parts)
+        checkpoint = run.checkpoint(env, env_kwargs, global_step, **parts)
         how(run, make_policy(checkpoint, device=device), checkpoint)
 
     run.begin(globals())  # after --resume, all of the above is what it was when the run was saved

@@ -17,11 +17,12 @@ import pyarrow.parquet as pq
 from torch.utils.data import TensorDataset
 
 from base_policies import env_state_rows
-from env_paper_square import JOINTS, POLICY_HZ, PaperSquareVectorEnv
+from env_paper_square import JOINTS, POLICY_HZ, EnvArgs, PaperSquareVectorEnv, eval_kwargs
 from eval import TEST_SEED
 from figures import encode_mp4
-from runs import UserError, digest, write_json, write_whole
+from runs import UserError, digest, env_of, lock, write_json, write_whole
 
+TASK_FILE = "meta/environment.json"  # this project's own: which environment was recorded
 TASK = "Slide the sheet of paper into the tape square."
 KEYS = ("observation.state", "observation.environment_state", "action")  # that imitation needs
 CAMERAS = ("top", "side", "wrist")
@@ -86,7 +87,7 @@ def readable(root: Path) -> Iterator[None]:
 def read_info(root: Path) -> dict:
     """meta/info.json; raises ValueError if it is not that of a LeRobotDataset v3.0, or if its folder has links out."""
     if not (root / "meta" / "info.json").is_file():
-        raise ValueError("it has no meta/info.json")
+        raise ValueError("it has no meta/info.json; record some: python record_demos.py --output-dir FOLDER")
     for path in root.rglob("*"):
         if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
             raise ValueError(f"{path.relative_to(root)} is a link out of it: put the file itself there")
@@ -194,6 +195,19 @@ def load_demos(root: str | Path, num_episodes: int = 0, env: type = PaperSquareV
     return demos | {"episode": arrays["episode_index"]}
 
 
+def load_task(root: str | Path) -> tuple[type, dict]:
+    """The class of the environment that was recorded, and its arguments; the default one's where nothing says so.
+
+    Raises UserError if there is no such environment.
+    """
+    path = Path(root) / TASK_FILE
+    if not path.is_file():  # LeRobot's own
+        return PaperSquareVectorEnv, eval_kwargs(EnvArgs())
+    with readable(Path(root)):
+        env = json.loads(path.read_text())
+        return env_of({"env": env}), env["kwargs"]
+
+
 class Frames(TensorDataset):
     """A training's frames in memory, `frames[indices]`; in its state a digest, since --resume must find the same."""
 
@@ -244,10 +258,12 @@ class Dataset:
     What earlier flushes wrote stays as it is, so a recording that is killed leaves the episodes that info.json counts;
     what it does not count is cleared away when another one appends.
 
-    Args: `root`; `features`; `append`; `flush_every` (episodes). Raises ValueError for a folder that it cannot use.
+    Args: `root`; `features`; `env` (a checkpoint's "env": what is recorded); `append`; `flush_every` (episodes). Raises
+    UserError for a folder that it cannot use.
     """
 
-    def __init__(self, root: Path, features: dict, append: bool = False, flush_every: int = FLUSH_EPISODES):
+    def __init__(self, root: Path, features: dict, env: dict, append: bool = False, flush_every: int = FLUSH_EPISODES):
+        self.env = json.loads(json.dumps(env))
         self.root, self.flush_every, self.info_path = root, flush_every, root / "meta" / "info.json"
         self.cameras = [key for key, feature in features.items() if feature["dtype"] == "video"]
         self.pending, self.num_files, self.next_seed = [], 0, 0
@@ -268,7 +284,8 @@ class Dataset:
             "features": features,
         }
         root.mkdir(parents=True, exist_ok=True)
-        if any(file.is_file() and file.suffix != ".tmp" for file in root.rglob("*")):
+        lock(root)
+        if any(file.is_file() and file.suffix not in (".tmp", ".lock") for file in root.rglob("*")):
             if not append:
                 raise UserError(f"{root} is not empty: add to it with --append, or choose another --output-dir")
             with readable(root):
@@ -279,6 +296,8 @@ class Dataset:
         info = read_info(self.root)
         if any(info[key] != self.info[key] for key in ("features", "fps", "data_path", "video_path")):
             raise ValueError("--append needs the same features and fps, so the same --videos and --video-height")
+        if (self.root / TASK_FILE).is_file() and json.loads((self.root / TASK_FILE).read_text()) != self.env:
+            raise ValueError("--append needs the same environment, and it was recorded in another one")
         self.info, total = info, info["total_episodes"]
         if total:
             read_frames(self.root, info, {"episode_index": 1}, total)  # they are all there
@@ -327,6 +346,7 @@ class Dataset:
         if not self.pending:
             return
         if not self.info_path.exists():
+            write_json(self.root / TASK_FILE, self.env)
             write_json(self.info_path, self.info)  # of no episodes yet: whatever follows belongs to a dataset
         pending, self.pending = self.pending, []
         tables, rows = zip(*(self.lay_out(episode) for episode in pending), strict=True)

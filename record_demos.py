@@ -34,11 +34,11 @@ from base_policies import (
     make_base,
     to_lerobot,
 )
-from env_paper_square import JOINTS, POLICY_HZ, PaperSquareVectorEnv
+from env_paper_square import JOINTS, POLICY_HZ, EnvArgs, PaperSquareVectorEnv, eval_kwargs
 from eval import VALIDATION_SEED, load_policy
 from figures import check_rendering
 from lerobot_dataset import CAMERAS, FLUSH_EPISODES, Dataset, encode, make_features
-from runs import Real, UserError, Whole, find_device, parse
+from runs import Real, UserError, Whole, describe_env, find_device, parse
 
 GIVE_UP = 200  # failures in a row
 
@@ -199,6 +199,8 @@ def record_episodes(
             yield episode
             if failures == GIVE_UP:
                 raise UserError(f"{GIVE_UP} episodes in a row failed, too many for --only-successes")
+    for seed in sorted(finished):  # stopped: these waited for an earlier episode, which will not end
+        yield finished[seed]
 
 
 class KeyboardPolicy:
@@ -265,20 +267,21 @@ if __name__ == "__main__":
     device, stopped = find_device(args.device), []  # stopped: signals that came
     if args.videos:
         check_rendering()
-    task = PaperSquareVectorEnv
+    task, env = PaperSquareVectorEnv, describe_env(PaperSquareVectorEnv, eval_kwargs(EnvArgs()))
     if args.teleop:
         task = partial(task, render_mode="human", max_episode_steps=TELEOP_STEPS)
     elif args.policy:
         policy = make_base(args.policy, args, device=device)
     else:
-        policy, task, _ = load_policy(args.model_path, args.script, device=device)
+        policy, task, checkpoint = load_policy(args.model_path, args.script, device=device)
+        env = checkpoint["env"]
     if args.videos:
         task = partial(task, height=args.video_height, width=4 * args.video_height // 3)
     torch.set_num_threads(1)  # the cores are for the physics
     num_envs = 1 if args.teleop else min(args.num_envs, args.num_episodes)
     envs = task(num_envs, num_threads=args.num_threads, autoreset_mode=AutoresetMode.DISABLED)
     features = make_features(envs, args.video_height * args.videos)
-    dataset = Dataset(Path(args.output_dir), features, args.append, 1 if args.teleop else FLUSH_EPISODES)
+    dataset = Dataset(Path(args.output_dir), features, env, args.append, 1 if args.teleop else FLUSH_EPISODES)
     first_seed = dataset.next_seed if args.seed is None else args.seed
 
     def stop() -> bool:

@@ -306,7 +306,7 @@ def fingerprint(value: object) -> str:
 def lock(folder: Path) -> None:
     """Have a folder to oneself until this process ends; raises UserError if another one has it."""
     try:
-        LOCKS.append(FileLock(folder / ".lock", timeout=0))
+        LOCKS.append(FileLock(folder / "writer.lock", timeout=0))
         LOCKS[-1].acquire()
     except Timeout as error:
         raise UserError(f"another process is writing into {folder}: wait for it, or choose another folder") from error
@@ -363,12 +363,20 @@ def load_module(name: str, defines: str, path: str = "") -> types.ModuleType:
 
 def check_rows(rows: dict, env: type) -> None:
     """Raise UserError, naming the first row that differs, unless an environment's observation has just these rows."""
-    for was, now in itertools.zip_longest(rows.items(), env.OBS_ROWS.items(), fillvalue="nothing"):
+    rows, expected = (json.loads(json.dumps(some)) for some in (rows, env.OBS_ROWS))  # tuples and lists alike
+    for was, now in itertools.zip_longest(rows.items(), expected.items(), fillvalue="nothing"):
         if was != now:
             raise UserError(
                 f"the policy was trained on other observations than those of {env.__module__}.py: it saw {was} where "
                 f"there is {now} now (row, zeros, scales)"
             )
+
+
+def describe_env(envs, kwargs: dict, script: str = "") -> dict:
+    """What a checkpoint holds of an environment, an instance or its class: where that is, its rows, its arguments."""
+    kind = envs if isinstance(envs, type) else type(envs.unwrapped)
+    module = script if kind.__module__ == "__main__" else kind.__module__
+    return {"module": module, "class": kind.__name__, "rows": kind.OBS_ROWS, "kwargs": kwargs}
 
 
 def env_of(checkpoint: dict) -> type:
@@ -563,9 +571,7 @@ class Run:
 
     def checkpoint(self, envs, env_kwargs: dict, global_step: int, **parts) -> dict:
         """What a policy is rebuilt from: `parts`, and what they belong to; `env_kwargs` are of the task it is for."""
-        kind = envs if isinstance(envs, type) else type(envs.unwrapped)
-        module = self.script if kind.__module__ == "__main__" else kind.__module__
-        env = {"module": module, "class": kind.__name__, "rows": kind.OBS_ROWS, "kwargs": env_kwargs}
+        env = describe_env(envs, env_kwargs, self.script)
         return {"script": self.script, "args": asdict(self.flags), "env": env, "global_step": global_step, **parts}
 
     def save(self, global_step: int, now: bool = False) -> None:
