@@ -495,6 +495,7 @@ class Run:
             raise UserError(f"--resume could not go on from here: {error}") from error
         if self.flags.track:
             try:
+                from wandb import Error as TrackingError
                 from wandb import init as start_tracking
             except ImportError as error:  # also where a run left a folder of that name
                 raise UserError("--track needs Weights & Biases: pip install wandb") from error
@@ -508,7 +509,12 @@ class Run:
         if self.rank == 0 and self.flags.track:
             names = {"id": re.sub(r"[^\w.-]", "_", self.dir.name), "name": self.dir.name, "resume": "allow"}
             project, config = self.flags.wandb_project, asdict(self.flags)
-            start_tracking(project=project, config=config, sync_tensorboard=True, **names)
+            try:
+                start_tracking(project=project, config=config, sync_tensorboard=True, **names)
+            except TrackingError as error:  # no login
+                if not self.state:
+                    shutil.rmtree(self.dir)
+                raise UserError(f"--track: {error}") from error
         if self.rank == 0:
             self.writer = SummaryWriter(self.dir, purge_step=self.state["global_step"] + 1 if self.state else 0)
         if self.rank == 0 and not self.state:
