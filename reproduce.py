@@ -230,9 +230,13 @@ def commands(method: str, command: str, seed: int, episodes: int, cores: int) ->
     return [train, [*evaluate, "--model-path", f"runs/{name}__{seed}__TIME/last.safetensors"]]
 
 
-def run(method: str, command: str, seed: int, episodes: int, cores: int) -> tuple[dict, list[dict]]:
-    """Train and evaluate; returns the columns of its row that are measured, and the rows of its curve."""
+def run(lines: list[list[str]]) -> tuple[dict, list[dict]]:
+    """Execute what `commands` returned; returns the columns of its row that are measured, and the rows of its curve.
+
+    It may run on another machine, by what submitit pickled of it: it uses nothing of this project's other modules.
+    """
     start = time.perf_counter()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
     def execute(line):
         environment = {**os.environ, "TQDM_DISABLE": "1"}
@@ -242,7 +246,7 @@ def run(method: str, command: str, seed: int, episodes: int, cores: int) -> tupl
             raise RuntimeError(f"{shlex.join(line)} ended with exit code {done.returncode}: {done.stderr[-500:]}")
         return done.stdout
 
-    *train, evaluate = commands(method, command, seed, episodes, cores)
+    *train, evaluate = lines
     folder, evaluations = Path(tempfile.mkdtemp(dir="runs")), []  # another process may play the same base
     evaluate[-1] = str(folder)
     if train:
@@ -256,7 +260,7 @@ def run(method: str, command: str, seed: int, episodes: int, cores: int) -> tupl
         "versions": ", ".join(
             [f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in PACKAGES)]
         ),
-        "machine": f"{platform.system()} {platform.machine()}, {available_cores()} cores",
+        "machine": f"{platform.system()} {platform.machine()}, {cores} cores",
         "steps": evaluations[-1]["global_step"] if evaluations else 0,
         "training_s": round(evaluations[-1]["seconds"], 1) if evaluations else 0,
         "wall_clock_s": round(time.perf_counter() - start, 1),
@@ -501,7 +505,7 @@ def as_they_end(executor, matrix: list[tuple], at_once: int, *arguments) -> Iter
         while waiting or running:
             while waiting and len(running) < at_once:
                 key = waiting.pop(0)
-                running[key] = executor.submit(run, *key, *arguments)
+                running[key] = executor.submit(run, commands(*key, *arguments))
             for key in [key for key, job in running.items() if job.done()]:
                 yield *key, running.pop(key)
             time.sleep(0.5)
