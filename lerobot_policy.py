@@ -149,7 +149,7 @@ class LeRobotNetwork:
             from safetensors.torch import load_model
         except ImportError as error:
             raise UserError(
-                "a LeRobot policy needs LeRobot: pip install lerobot==0.4.4, in an environment of its own that "
+                "a LeRobot policy needs LeRobot, 0.4.4 or newer, in an environment of its own that "
                 f"tests/test_lerobot.py describes ({str(error).splitlines()[0]})"
             ) from error
         # The training's own random numbers go on as if this were not
