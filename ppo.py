@@ -165,8 +165,10 @@ if __name__ == "__main__":
     )
     # The first episodes end early, each at another time: in step, every rollout would hold one phase of an episode only
     episode_steps = np.arange(args.num_envs) * envs.unwrapped.max_episode_steps // args.num_envs
-    seeds = np.random.SeedSequence(args.seed).spawn(args.num_envs)  # streams that no held-out episode, a number, shares
-    next_obs, _ = envs.reset(seed=seeds, options={"episode_steps": episode_steps})
+    next_obs, _ = envs.reset(
+        seed=np.random.SeedSequence(args.seed).spawn(args.num_envs),  # streams that no held-out episode has
+        options={"episode_steps": episode_steps},
+    )
     next_obs = torch.from_numpy(next_obs)
     obs_dim, action_dim = next_obs.shape[1], envs.single_action_space.shape[0]
     agent = Agent(obs_dim, action_dim, args.hidden_size, args.init_std).to(device)

@@ -251,7 +251,7 @@ def pack(value: object, tensors: dict, path: str) -> object:
         return {"$tuple": items} if isinstance(value, tuple) else items
     if isinstance(value, NO_STATE):
         return None
-    if hasattr(type(value), "__setstate__"):  # random.Random
+    if hasattr(type(value), "__setstate__") and hasattr(type(value), "__getstate__"):  # random.Random
         return pack(value.__getstate__(), tensors, path)
     if hasattr(value, "__dict__"):
         return pack(vars(value), tensors, path)

@@ -277,8 +277,10 @@ if __name__ == "__main__":
     )
     # The first episodes end early, each at another time: in step, every rollout would hold one phase of an episode only
     episode_steps = np.arange(args.num_envs) * envs.unwrapped.max_episode_steps // args.num_envs
-    seeds = np.random.SeedSequence(args.seed).spawn(args.num_envs)  # streams that no held-out episode, a number, shares
-    next_obs, _ = envs.reset(seed=seeds, options={"episode_steps": episode_steps})
+    next_obs, _ = envs.reset(
+        seed=np.random.SeedSequence(args.seed).spawn(args.num_envs),  # streams that no held-out episode has
+        options={"episode_steps": episode_steps},
+    )
     base_policy = make_base(args.base_policy, args, envs, args.act_scale, device=device)
     base_policy.reset(np.ones(args.num_envs, dtype=bool))
     base_action = base_policy(next_obs)
