@@ -237,7 +237,7 @@ class PaperSquareVectorEnv(VectorEnv):
         width: int = 640,
         height: int = 480,
     ):
-        arguments = locals()
+        arguments = {name: value for name, value in locals().items() if name != "self"}
         EnvArgs(**{field.name: arguments[field.name] for field in fields(EnvArgs)})  # checks their limits
         for name in ("num_envs", "max_episode_steps", "hold_steps", "width", "height"):
             if not arguments[name] >= 1:
@@ -249,6 +249,7 @@ class PaperSquareVectorEnv(VectorEnv):
             )
         if render_mode not in (None, "rgb_array", "human"):
             raise ValueError(f"render_mode must be None, 'rgb_array' or 'human', found {render_mode!r}")
+        self._arguments = arguments  # for copies
         self.num_envs = num_envs
         self.act_scale = act_scale
         self.max_episode_steps = max_episode_steps
@@ -310,13 +311,8 @@ class PaperSquareVectorEnv(VectorEnv):
         self._renderer = self._viewer = self._scene = self._scene_data = None
         self.key_callback = None  # called with the GLFW code of each key that is pressed in the viewer
 
-    def __new__(cls, *args, **kwargs):
-        envs = super().__new__(cls)
-        envs._arguments = args, kwargs
-        return envs
-
     def __reduce__(self):
-        return remake, (type(self), *self._arguments, self.state_dict())
+        return remake, (type(self), self._arguments, self.state_dict())
 
     def reset(self, *, seed: int | Sequence | None = None, options: dict | None = None):
         """Start episodes; environment i is seeded with `seed + i`, or with `seed[i]`, which may be a SeedSequence.
@@ -426,7 +422,8 @@ class PaperSquareVectorEnv(VectorEnv):
         """
         self._rngs = [generator and np.random.default_rng() for generator in state["attributes"]["_rngs"]]
         for name, value in state["attributes"].items():
-            setattr(self, name, restored(getattr(self, name), value, name))  # arrays in place: many look into the batch
+            # Arrays in place, since many look into the batch; a subclass may have attributes that are not there yet
+            setattr(self, name, restored(getattr(self, name, value), value, name))
         self.batch.set_const()  # what MuJoCo derives from the masses
         self.batch.state[:] = state["physics"]
         self.batch.forward(None, mujoco.mjtStage.mjSTAGE_VEL.value)
@@ -635,9 +632,10 @@ def close_viewer(viewer, threads: set[threading.Thread]) -> None:
         thread.join(timeout=5.0)
 
 
-def remake(kind: type, args: tuple, kwargs: dict, state: dict) -> VectorEnv:
+def remake(kind: type, arguments: dict, state: dict) -> VectorEnv:
     """An environment as another was, for `copy` and `pickle`."""
-    envs = kind(*args, **kwargs)
+    envs = kind.__new__(kind)
+    PaperSquareVectorEnv.__init__(envs, **arguments)
     envs.load_state_dict(state)
     return envs
 
