@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from env_paper_square import FINGERTIPS, JOINTS, SCENE_PATH, PaperSquareVectorEnv
-from runs import Flags, Real, UserError, check_rows, load_checkpoint, load_module, pack, restored, unpack
+from runs import Flags, Real, UserError, check_rows, data_of, load_checkpoint, load_module, restored
 
 CONTACT_HEIGHT = 0.009  # m, the fingertip's centre on the sheet: 1 mm of card and the fingertip's radius of 8 mm
 ANGLE_WEIGHT = 0.05  # m per rad, of the fingers' pitch and heading against the fingertip's position
@@ -75,8 +75,7 @@ class BasePolicy:
         """Forget the episodes before; a policy of the observation alone has nothing to forget."""
 
     def state_dict(self) -> dict:
-        tensors = {}
-        return unpack(pack(vars(self), tensors, ""), tensors)
+        return data_of(vars(self))
 
     def load_state_dict(self, state: dict) -> None:
         for name, value in state.items():
@@ -314,7 +313,7 @@ class HybridPolicy(BasePolicy):
                 f"hybrid weights must not be negative and must not all be zero, found --hybrid-weights {list(weights)}"
             )
         self.policies, self.mode, self.env = list(policies), mode, env
-        self.checkpoint = next((policy.checkpoint for policy in policies if policy.checkpoint), None)
+        self.checkpoint = next(filter(None, (getattr(policy, "checkpoint", None) for policy in policies)), None)
         self.weights = np.asarray(weights, dtype=np.float64) / np.sum(weights)
 
     def __call__(self, obs: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:

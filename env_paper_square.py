@@ -8,7 +8,6 @@
 The environment knows nothing of base policies or residuals. `EnvArgs` are the flags that the training scripts inherit.
 """
 
-import copy
 import importlib
 import os
 import platform
@@ -27,7 +26,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from runs import Flags, Real, Whole, available_cores, restored
+from runs import Flags, Real, Whole, available_cores, data_of, restored
 
 try:
     from mujoco.batch import Batch
@@ -312,7 +311,8 @@ class PaperSquareVectorEnv(VectorEnv):
         self.key_callback = None  # called with the GLFW code of each key that is pressed in the viewer
 
     def __reduce__(self):
-        return remake, (type(self), self._arguments, self.state_dict())
+        attributes = {name: value for name, value in vars(self).items() if name not in self._FIXED}
+        return remake, (type(self), self._arguments, attributes, np.array(self.batch.state))
 
     def reset(self, *, seed: int | Sequence | None = None, options: dict | None = None):
         """Start episodes; environment i is seeded with `seed + i`, or with `seed[i]`, which may be a SeedSequence.
@@ -412,8 +412,7 @@ class PaperSquareVectorEnv(VectorEnv):
     def state_dict(self) -> dict:
         """All that the coming steps depend on: every attribute that is not `_FIXED`, and the physics."""
         attributes = {name: value for name, value in vars(self).items() if name not in self._FIXED}
-        attributes["_rngs"] = [rng and rng.bit_generator.state for rng in self._rngs]
-        return copy.deepcopy({"attributes": attributes, "physics": np.asarray(self.batch.state)})
+        return data_of({"attributes": attributes, "physics": np.asarray(self.batch.state)})
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from what `state_dict` returned of as many environments with the same arguments, to the same bits.
@@ -422,10 +421,12 @@ class PaperSquareVectorEnv(VectorEnv):
         """
         self._rngs = [generator and np.random.default_rng() for generator in state["attributes"]["_rngs"]]
         for name, value in state["attributes"].items():
-            # Arrays in place, since many look into the batch; a subclass may have attributes that are not there yet
-            setattr(self, name, restored(getattr(self, name, value), value, name))
+            setattr(self, name, restored(getattr(self, name), value, name))  # arrays in place: many look into the batch
+        self._set_physics(state["physics"])
+
+    def _set_physics(self, physics: np.ndarray) -> None:
         self.batch.set_const()  # what MuJoCo derives from the masses
-        self.batch.state[:] = state["physics"]
+        self.batch.state[:] = physics
         self.batch.forward(None, mujoco.mjtStage.mjSTAGE_VEL.value)
 
     def render(self) -> tuple[np.ndarray, ...] | None:
@@ -632,11 +633,16 @@ def close_viewer(viewer, threads: set[threading.Thread]) -> None:
         thread.join(timeout=5.0)
 
 
-def remake(kind: type, arguments: dict, state: dict) -> VectorEnv:
+def remake(kind: type, arguments: dict, attributes: dict, physics: np.ndarray) -> VectorEnv:
     """An environment as another was, for `copy` and `pickle`."""
     envs = kind.__new__(kind)
     PaperSquareVectorEnv.__init__(envs, **arguments)
-    envs.load_state_dict(state)
+    for name, value in attributes.items():
+        if isinstance(getattr(envs, name, None), np.ndarray):  # it may look into the batch
+            getattr(envs, name)[...] = value
+        else:
+            setattr(envs, name, value)
+    envs._set_physics(physics)
     return envs
 
 

@@ -287,6 +287,12 @@ def unpack(value: object, tensors: dict) -> object:
     return value
 
 
+def data_of(value: object) -> object:
+    """A copy of a value as data, which is what it comes back as from a file."""
+    tensors = {}
+    return unpack(pack(value, tensors, ""), tensors)
+
+
 def digest(tensors: dict, content: str = "") -> str:
     """SHA-256 of tensors by name, and of a text."""
     sha = hashlib.sha256(content.encode())
@@ -325,9 +331,8 @@ def load_checkpoint(path: str | Path) -> dict:
 
     A path that leads nowhere from here is taken from this project's folder, where assets/ lies.
     """
-    path = path if Path(path).exists() else ROOT / path
     try:
-        with safetensors.safe_open(path, "pt") as file:
+        with safetensors.safe_open(path if Path(path).exists() else ROOT / path, "pt") as file:
             header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if digest(tensors, header["content"]) != header["sha256"]:
             raise ValueError("what it holds has changed since it was written")
@@ -586,10 +591,9 @@ class Run:
         if global_step < self.next_save and not stopping and not now:
             return
         self.next_save = (global_step // self.flags.save_freq + 1) * self.flags.save_freq
-        tensors = {}
-        variables = pack({name: self.namespace[name] for name in self.names}, tensors, "")
+        variables = data_of({name: self.namespace[name] for name in self.names})
         state = {"script": self.script, "args": asdict(self.flags), "global_step": global_step}
-        state |= {"processes": self.gather(unpack(variables, tensors)), "random": random_states()}
+        state |= {"processes": self.gather(variables), "random": random_states()}
         state |= {"evaluations": self.evaluations, "seconds": time.perf_counter() - self.start_time}
         if self.rank == 0:
             self.writer.flush()

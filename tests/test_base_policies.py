@@ -1,5 +1,7 @@
 """The base policies: kinematics, one step of the controller, whole episodes, blends and the factory."""
 
+from types import SimpleNamespace
+
 import mujoco
 import numpy as np
 import pytest
@@ -8,16 +10,17 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import base_policies
 from base_policies import (
-    BASE_POLICIES,
+    BASES,
     CONTACT_HEIGHT,
     ArmKinematics,
+    BaseFlags,
     FrozenILPolicy,
     HybridPolicy,
     JacobianIKPolicy,
     ZeroPolicy,
     joints_to_lerobot,
     joints_to_rad,
-    make_base_policy,
+    make_base,
     to_lerobot,
 )
 from env_paper_square import (
@@ -31,6 +34,7 @@ from env_paper_square import (
     PaperSquareVectorEnv,
     to_si,
 )
+from runs import UserError
 
 
 def edited(observations, **values):
@@ -342,7 +346,6 @@ def test_hybrid_forwards_the_reset():
 @pytest.mark.parametrize(
     ("count", "weights", "mode", "message"),
     [
-        (2, [0.5, 0.5], "mixture", "hybrid mode must be .* found 'mixture'"),
         (2, [1.0], "blend", "found 2 bases and 1 weights"),
         (0, [], "blend", "found 0 bases"),
         (2, [0.0, 0.0], "blend", "must not all be zero"),
@@ -380,8 +383,9 @@ class CountingNetwork:
 def frozen(monkeypatch, act_scale=np.pi, **attributes):
     network = CountingNetwork()
     vars(network).update(attributes)
-    monkeypatch.setattr(base_policies, "load_network", lambda state: network)
-    return FrozenILPolicy({}, act_scale)
+    script = SimpleNamespace(make_network=lambda checkpoint: network)
+    monkeypatch.setattr(base_policies, "load_module", lambda name, defines: script)
+    return FrozenILPolicy({"script": "imitator"}, act_scale=act_scale)
 
 
 def moved(policy, observations, mask=None):
@@ -394,7 +398,7 @@ def test_lerobot_units_are_degrees_and_percent_of_the_grippers_travel():
     assert_allclose(joints_to_lerobot(low), [*np.rad2deg(low[:5]), 0.0], atol=1e-9)
     assert_allclose(joints_to_lerobot(high), [*np.rad2deg(high[:5]), 100.0])
     assert_allclose(joints_to_rad(joints_to_lerobot(low + 0.3 * (high - low))), low + 0.3 * (high - low))
-    state, environment_state = to_lerobot(first_observations(3))
+    state, environment_state = to_lerobot(first_observations(3), PaperSquareVectorEnv)
     assert state.dtype == environment_state.dtype == np.float32
     assert_allclose(state[0], [0.0, np.rad2deg(-0.14), np.rad2deg(0.52), np.rad2deg(1.19), 0.0, 24.716], atol=0.05)
     assert_array_equal(environment_state, first_observations(3)[:, 18:])
@@ -468,42 +472,67 @@ def test_increments_are_clipped_to_the_action_range(monkeypatch):
 
 def test_a_missing_or_foreign_checkpoint_is_an_error_of_one_line():
     for name in ("il", "hybrid"):
-        with pytest.raises(ValueError, match="needs --il-checkpoint"):
-            make_base_policy(name, hybrid_bases=("il", "zero"))
-    with pytest.raises(ValueError, match="no checkpoint at nowhere.pt"):
-        make_base_policy("il", il_checkpoint="nowhere.pt")
-    with pytest.raises(ValueError, match=r"comes from ppo_residual\.py, not from one of act, diffusion_policy"):
-        make_base_policy("il", il_checkpoint=str(SCENE_PATH.parent / "ppo_residual.pt"))
+        with pytest.raises(UserError, match="needs --il-checkpoint"):
+            make_base(name, BaseFlags(hybrid_bases=("il", "zero")))
+    with pytest.raises(UserError, match="no checkpoint at nowhere"):
+        make_base("il", BaseFlags(il_checkpoint="nowhere"))
+    with pytest.raises(UserError, match=r"ppo_residual\.py does not define make_network"):
+        make_base("il", BaseFlags(il_checkpoint=str(SCENE_PATH.parent / "ppo_residual.safetensors")))
 
 
 # The factory
 
 
-def test_factory_builds_each_base_by_name():
-    assert BASE_POLICIES == ("zero", "jacobian", "hybrid", "il")
-    assert type(make_base_policy("zero")) is ZeroPolicy
-    jacobian = make_base_policy("jacobian", act_scale=0.05, gain=0.3)
-    assert type(jacobian) is JacobianIKPolicy
+def test_every_base_is_built_from_flags_and_plays():
+    flags = BaseFlags(il_checkpoint=str(SCENE_PATH.parent / "act.safetensors"), ik_gain=0.3)
+    for name in BASES:
+        policy = make_base(name, flags, act_scale=0.05)
+        policy.reset(np.ones(2, dtype=bool))
+        action = policy(first_observations(2))
+        assert action.shape == (2, 6)
+        assert np.abs(action).max() <= 1.0
+    jacobian = make_base("jacobian", flags, act_scale=0.05)
     assert (jacobian.act_scale, jacobian.gain) == (0.05, 0.3)
-    assert type(make_base_policy("hybrid")) is HybridPolicy
 
 
-def test_factory_builds_the_bases_of_a_hybrid():
-    hybrid = make_base_policy(
-        "hybrid", hybrid_bases=("zero", "jacobian"), hybrid_weights=(3, 1), hybrid_mode="switch", act_scale=0.05
-    )
+def test_hybrid_is_built_of_its_bases():
+    flags = BaseFlags(hybrid_bases=("zero", "jacobian"), hybrid_weights=(3, 1), hybrid_mode="switch")
+    hybrid = make_base("hybrid", flags, act_scale=0.05)
     assert [type(policy) for policy in hybrid.policies] == [ZeroPolicy, JacobianIKPolicy]
     assert hybrid.policies[1].act_scale == 0.05
     assert hybrid.mode == "switch"
     assert_allclose(hybrid.weights, [0.75, 0.25])
 
 
-def test_factory_names_the_choices_for_an_unknown_name():
-    for arguments in ({"name": "nonsense"}, {"name": "hybrid", "hybrid_bases": ("jacobian", "nonsense")}):
-        with pytest.raises(ValueError, match="'nonsense': choose from zero, jacobian, hybrid, il"):
-            make_base_policy(**arguments)
+class NoisyPolicy(JacobianIKPolicy):
+    """A base with a generator, of which it says nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.rng = np.random.default_rng(3)
+
+    def __call__(self, obs, mask=None):
+        return super().__call__(obs, mask) + self.rng.normal(size=(len(obs), 6))
 
 
-def test_hybrid_inside_a_hybrid_is_an_error():
-    with pytest.raises(ValueError, match="hybrid cannot be one of its own bases"):
-        make_base_policy("hybrid", hybrid_bases=("jacobian", "hybrid"))
+def test_the_state_of_a_base_is_all_of_its_attributes():
+    policy, observations = HybridPolicy([NoisyPolicy(), ZeroPolicy()], [1.0, 1.0]), first_observations(2)
+    policy(observations)
+    state = policy.state_dict()
+    expected = policy(observations)
+    other = HybridPolicy([NoisyPolicy(), ZeroPolicy()], [1.0, 1.0])
+    other.load_state_dict(state)
+    assert_array_equal(other(observations), expected)
+
+
+def test_a_base_reads_the_rows_of_its_own_environment():
+    """In an environment with one more row, in front, the controller acts as ever."""
+
+    class Longer(PaperSquareVectorEnv):
+        OBS_ROWS = {"extra": ([0.0], [1.0]), **PaperSquareVectorEnv.OBS_ROWS}
+        OBS = {"extra": slice(0, 1), **{name: slice(s.start + 1, s.stop + 1) for name, s in OBS.items()}}
+        to_si = staticmethod(lambda obs: np.concatenate([obs[:, :1], to_si(obs[:, 1:])], axis=1))
+
+    observations = first_observations(3)
+    longer = np.concatenate([np.full((3, 1), 7.0), observations], axis=1)
+    assert_array_equal(make_base("jacobian", BaseFlags(), Longer)(longer), JacobianIKPolicy()(observations))

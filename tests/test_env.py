@@ -1,9 +1,15 @@
 """The environment: its interfaces, its physics, its rewards, and whether its documentation tells the truth."""
 
+import copy
+import gc
+import importlib.util
 import inspect
 import json
 import os
+import pickle
+import sys
 import warnings
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -109,6 +115,104 @@ def test_registration_builds_the_single_and_the_vector_class():
     assert type(envs.unwrapped) is PaperSquareVectorEnv
     assert envs.num_envs == 3 and envs.unwrapped.act_scale == 0.01
     assert envs.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
+
+
+def steps_to_truncation(env, action):
+    env.reset(seed=0)
+    for step in range(1, 1000):
+        _, _, _, truncated, _ = env.step(action)
+        if np.any(truncated):
+            return step
+    raise AssertionError("never truncated")
+
+
+@pytest.mark.parametrize("steps", [30, 450])
+def test_gym_make_takes_the_length_of_episodes_and_the_threads(steps):
+    assert gym.spec("PaperSquare-v0").max_episode_steps == 400
+    env = gym.make("PaperSquare-v0", max_episode_steps=steps, num_threads=2)
+    assert steps_to_truncation(env, STILL.astype(np.float32)) == steps
+    for mode in ("sync", "vector_entry_point"):
+        envs = gym.make_vec("PaperSquare-v0", num_envs=1, vectorization_mode=mode, max_episode_steps=steps)
+        assert steps_to_truncation(envs, STILL[None].astype(np.float32)) == steps
+
+
+def test_next_step_autoreset_is_the_reset_as_a_step():
+    """As Gymnasium's own vector environment does it, and under its wrapper that needs this mode."""
+    options = {"max_episode_steps": 7, "autoreset_mode": "NextStep"}
+    ours = gym.make_vec("PaperSquare-v0", num_envs=2, vectorization_mode="vector_entry_point", **options)
+    theirs = gym.make_vec("PaperSquare-v0", num_envs=2, vectorization_mode="sync", max_episode_steps=7)
+    assert_array_equal(ours.reset(seed=3)[0], theirs.reset(seed=3)[0])
+    for actions in random_actions(20, 2).astype(np.float32):
+        for mine, other in zip(ours.step(actions)[:4], theirs.step(actions)[:4], strict=True):
+            assert_array_equal(mine, other)
+    gym.wrappers.vector.NormalizeObservation(ours).reset(seed=0)
+
+
+class Delayed(PaperSquareVectorEnv):
+    """A copy of the environment that remembers more: nothing says so."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.queue, self.noise, self.drift = deque(maxlen=3), np.random.default_rng(5), np.zeros(self.num_envs)
+
+    def step(self, actions):
+        self.queue.append(actions)
+        self.drift += self.noise.normal()
+        return super().step(np.clip(self.queue[0] + 0.1 * self.drift[:, None], -1, 1))
+
+
+@pytest.mark.parametrize("copied", ["state", "pickle", "deepcopy"])
+def test_a_copy_goes_on_to_the_last_bit_with_all_that_it_remembers(copied):
+    envs, actions = Delayed(3, act_scale=0.03), random_actions(40, 3)
+    envs.reset(seed=1)
+    for action in actions[:20]:
+        envs.step(action)
+    if copied == "state":
+        other = Delayed(3, act_scale=0.03)
+        other.load_state_dict(envs.state_dict())
+    else:
+        other = pickle.loads(pickle.dumps(envs)) if copied == "pickle" else copy.deepcopy(envs)
+    for action in actions[20:]:
+        for mine, theirs in zip(envs.step(action)[:4], other.step(action)[:4], strict=True):
+            assert_array_equal(mine, theirs)
+
+
+def test_a_new_flag_of_a_copied_environment_reaches_its_evaluation(tmp_path):
+    """Reward weights apart, which are the default ones: returns of different trainings compare."""
+    text = Path(SCENE_PATH.parents[1], "env_paper_square.py").read_text()
+    flag = "    num_threads: Whole[0, 1024] = 0\n"
+    assert text.count(flag) == 1
+    path = tmp_path / "env_copy.py"
+    path.write_text(text.replace(flag, f"    cube_weight: float = 1.0\n    cube_size: float = 0.02\n{flag}"))
+    spec = importlib.util.spec_from_file_location("env_copy", path)
+    module = sys.modules["env_copy"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    kwargs = module.eval_kwargs(module.EnvArgs(cube_size=0.03, cube_weight=2.0, randomize=False, randomize_xy=0.2))
+    assert kwargs["cube_size"] == 0.03 and kwargs["randomize_xy"] == 0.2
+    assert "cube_weight" not in kwargs and "randomize" not in kwargs
+
+
+def test_environments_that_rendered_leave_no_renderer_behind():
+    finalizers = []
+    for seed in range(3):
+        env = gym.make("PaperSquare-v0", render_mode="rgb_array", width=64, height=48)
+        env.reset(seed=seed)
+        env.render()
+        finalizers.append(env.unwrapped.envs._close_renderer)
+        env.close() if seed else None
+        del env
+    gc.collect()
+    assert not any(finalizer.alive for finalizer in finalizers)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs the affinity of a process")
+def test_all_cores_are_those_that_the_process_may_use():
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert PaperSquareVectorEnv(8).batch.nthread == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def test_spaces_contain_what_the_environment_returns():
@@ -316,7 +420,7 @@ def play_extremes(num_envs, num_steps, seed):
             corner = rng.choice([-1.0, 1.0], (num_envs, 6))
         uniform = rng.uniform(-1.0, 1.0, (num_envs, 6))
         down = held.copy()
-        down[:, 1:4] = -np.sign(kinematics(joint_targets(to_si(obs)))[1][:, 2, 1:4])
+        down[:, 1:4] = -np.sign(kinematics(joint_targets(to_si(obs), envs))[1][:, 2, 1:4])
         pressed = envs.fingertip_force.max(axis=1, keepdims=True) > 0.1  # N
         actions = np.choose(
             kind,
@@ -778,7 +882,11 @@ def test_rates_that_do_not_divide_are_an_error_that_names_them(rates):
     [
         ({"num_envs": 0}, "num_envs .* found 0"),
         ({"render_mode": "ansi"}, "render_mode .* found 'ansi'"),
-        ({"autoreset_mode": AutoresetMode.NEXT_STEP}, "autoreset_mode .* found"),
+        ({"autoreset_mode": "never"}, "not a valid AutoresetMode"),
+        ({"act_scale": np.nan}, "act-scale must be .* found nan"),
+        ({"hold_steps": 0}, "hold_steps .* found 0"),
+        ({"tape_half_size": -0.08}, "tape-half-size"),
+        ({"randomize_friction": 1.5}, "randomize-friction"),
     ],
 )
 def test_arguments_that_cannot_be_used(arguments, message):
