@@ -346,8 +346,9 @@ class Dataset:
         if not self.pending:
             return
         if not self.info_path.exists():
-            write_json(self.root / TASK_FILE, self.env)
             write_json(self.info_path, self.info)  # of no episodes yet: whatever follows belongs to a dataset
+        if not (self.root / TASK_FILE).exists():
+            write_json(self.root / TASK_FILE, self.env)
         pending, self.pending = self.pending, []
         tables, rows = zip(*(self.lay_out(episode) for episode in pending), strict=True)
         chunk, file = divmod(self.num_files, PER_FOLDER)

@@ -280,6 +280,12 @@ if __name__ == "__main__":
     torch.set_num_threads(1)  # the cores are for the physics
     num_envs = 1 if args.teleop else min(args.num_envs, args.num_episodes)
     envs = task(num_envs, num_threads=args.num_threads, autoreset_mode=AutoresetMode.DISABLED)
+    if args.teleop:
+        envs.reset(seed=0)
+        try:
+            envs.render()
+        except RuntimeError as error:  # no display
+            raise UserError(str(error)) from error
     features = make_features(envs, args.video_height * args.videos)
     dataset = Dataset(Path(args.output_dir), features, env, args.append, 1 if args.teleop else FLUSH_EPISODES)
     first_seed = dataset.next_seed if args.seed is None else args.seed
@@ -289,11 +295,6 @@ if __name__ == "__main__":
 
     if args.teleop:
         policy = KeyboardPolicy(envs, stop)
-        envs.reset(seed=first_seed)
-        try:
-            envs.render()
-        except RuntimeError as error:  # no display
-            raise UserError(str(error)) from error
         print("\n".join(f"{name:10} {what}" for name, what, *_ in (*KEYS.values(), *VERDICTS.values())))
         print("An episode begins with the first key and is saved at its end. ] is the view from above.")
     for number in (signal.SIGINT, signal.SIGTERM):

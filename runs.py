@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 STATE, PREVIOUS = "state.safetensors", "state_previous.safetensors"
-LOCKS = []  # held to the end of the process
+LOCKS = {}  # by folder, held to the end of the process
 
 
 class UserError(ValueError):
@@ -312,8 +312,7 @@ def fingerprint(value: object) -> str:
 def lock(folder: Path) -> None:
     """Have a folder to oneself until this process ends; raises UserError if another one has it."""
     try:
-        LOCKS.append(FileLock(folder / "writer.lock", timeout=0))
-        LOCKS[-1].acquire()
+        LOCKS.setdefault(folder.resolve(), FileLock(folder / "writer.lock", timeout=0)).acquire()
     except Timeout as error:
         raise UserError(f"another process is writing into {folder}: wait for it, or choose another folder") from error
 

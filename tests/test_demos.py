@@ -23,15 +23,17 @@ from numpy.testing import assert_allclose, assert_array_equal
 import eval as evaluation
 import lerobot_dataset
 import record_demos
-from base_policies import ArmKinematics, JacobianIKPolicy, ZeroPolicy, joints_to_lerobot, joints_to_rad
+from base_policies import ArmKinematics, JacobianIKPolicy, ZeroPolicy, joint_targets, joints_to_lerobot, joints_to_rad
 from env_paper_square import JOINTS, OBS, SCENE_PATH, PaperSquareVectorEnv, to_si
-from lerobot_dataset import Dataset, load_demos, make_features
+from lerobot_dataset import Dataset, load_demos, load_task, make_features
 from record_demos import KeyboardPolicy, motion_to_action, record_episodes
+from runs import UserError, describe_env
 
 ROOT = Path(__file__).resolve().parent.parent
 FRAME_KEYS = ("observation.state", "observation.environment_state", "action")
 QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
 ANGLES = slice(0, 5)
+ENV = describe_env(PaperSquareVectorEnv, {})
 
 
 def make_envs(num_envs=2, steps=30, **kwargs):
@@ -48,7 +50,7 @@ def record(num_episodes, num_envs=2, steps=30, policy=None, seed=0, **kwargs):
 
 
 def save(root, episodes, flush_every=3, append=False):
-    dataset = Dataset(root, make_features(), append, flush_every)
+    dataset = Dataset(root, make_features(), ENV, append, flush_every)
     for episode in episodes:
         dataset.add(episode)
     dataset.flush()
@@ -56,7 +58,8 @@ def save(root, episodes, flush_every=3, append=False):
 
 
 def files_of(root):
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    paths = [path for path in root.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return {str(path.relative_to(root)): path.read_bytes() for path in paths}
 
 
 def run_cli(flags, monkeypatch, folder):
@@ -70,6 +73,9 @@ def run_cli(flags, monkeypatch, folder):
         runpy.run_path(str(ROOT / "record_demos.py"), run_name="__main__")
     except SystemExit as end:
         return end.code
+    except (UserError, OSError) as error:  # what the hook of `parse` does
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -101,7 +107,8 @@ def dataset(tmp_path, written):
 
 def test_files_are_those_of_the_format(written):
     parquet = [f"{part}/chunk-000/file-00{k}.parquet" for part in ("data", "meta/episodes") for k in range(3)]
-    assert set(files_of(written)) == {"meta/info.json", "meta/stats.json", "meta/tasks.parquet", *parquet}
+    meta = {"meta/info.json", "meta/stats.json", "meta/tasks.parquet"}
+    assert set(files_of(written)) == {*meta, "meta/environment.json", *parquet}
 
 
 def test_info_json(written):
@@ -320,7 +327,7 @@ def damage_at_random(dataset, times):
     Whatever is no error must not have changed what is read: the bit was not of the data.
     """
     whole, rng, outcomes = load_demos(dataset), np.random.default_rng(0), Counter()
-    for path in sorted(path for path in dataset.rglob("*") if path.is_file()):
+    for path in sorted(dataset / name for name in files_of(dataset)):
         content = path.read_bytes()
         for k in range(times):
             damaged, place = bytearray(content), rng.integers(len(content))
@@ -341,7 +348,7 @@ def damage_at_random(dataset, times):
                         demos[key], values, err_msg=f"{path.name}, {'bit' if k % 5 else 'cut'} at {place}"
                     )
             try:
-                Dataset(dataset, make_features(), append=True)
+                Dataset(dataset, make_features(), ENV, append=True)
             except ValueError as error:
                 assert "\n" not in str(error)
         path.write_bytes(content)
@@ -434,6 +441,26 @@ def test_it_gives_up_on_a_policy_that_never_succeeds(monkeypatch):
         record(1, 1, steps=3, policy=ZeroPolicy(), only_successes=True)
 
 
+def test_a_stopped_recording_keeps_episodes_that_waited_for_an_earlier_one():
+    """The first environment never ends within the steps; those of the others that ended are kept."""
+    envs, steps = make_envs(3, 400), 0
+
+    def stop():
+        return steps > 60
+
+    class EndsAll(ZeroPolicy):
+        verdict = ""
+
+        def __call__(self, obs, mask=None):
+            nonlocal steps
+            steps += 1
+            envs._episode_steps[1:] = np.where(steps == 40, 399, envs._episode_steps[1:])
+            return super().__call__(obs)
+
+    kept = [episode["seed"] for episode in record_episodes(EndsAll(), envs, 5, 10, stop=stop)]
+    assert kept == [6, 7]
+
+
 def test_held_out_episodes_are_never_played():
     seed = evaluation.VALIDATION_SEED - 4
     assert [e["seed"] for e in record(4, 2, steps=3, policy=ZeroPolicy(), seed=seed)] == list(range(seed, seed + 4))
@@ -507,7 +534,7 @@ def test_append_clears_away_what_info_json_does_not_count(dataset):
     rows = rows.set_column(0, "episode_index", pa.array([7]))
     pq.write_table(rows, dataset / "meta" / "episodes" / "chunk-000" / "file-004.parquet")
     assert load_demos(dataset)["episode"][-1] == 6
-    Dataset(dataset, make_features(), append=True)
+    Dataset(dataset, make_features(), ENV, append=True)
     after = files_of(dataset)
     assert {after.pop("notes.txt"), after.pop("data/notes.txt")} == {b"PAR1"}  # not ours
     assert after == before
@@ -516,27 +543,49 @@ def test_append_clears_away_what_info_json_does_not_count(dataset):
 def test_an_existing_folder_is_refused_without_append(dataset, tmp_path):
     before = files_of(dataset)
     with pytest.raises(ValueError, match="not empty.*--append"):
-        Dataset(dataset, make_features())
+        Dataset(dataset, make_features(), ENV)
     assert files_of(dataset) == before
     (tmp_path / "other").mkdir()
-    Dataset(tmp_path / "other", make_features())  # an empty one is not
+    Dataset(tmp_path / "other", make_features(), ENV)  # an empty one is not
     (tmp_path / "other" / "notes.txt").write_text("mine")
     for append in (False, True):
         with pytest.raises(ValueError):
-            Dataset(tmp_path / "other", make_features(), append)
-    with pytest.raises(ValueError, match="not a folder"):
-        Dataset(tmp_path / "other" / "notes.txt" / "demos", make_features())
+            Dataset(tmp_path / "other", make_features(), ENV, append)
+    with pytest.raises(OSError, match="notes.txt"):
+        Dataset(tmp_path / "other" / "notes.txt" / "demos", make_features(), ENV)
+
+
+def test_a_dataset_says_which_environment_was_recorded(dataset, written):
+    assert load_task(written) == (PaperSquareVectorEnv, {})
+    with pytest.raises(UserError, match="same environment"):
+        Dataset(dataset, make_features(), {**ENV, "kwargs": {"tape_half_size": 0.12}}, append=True)
+    path = dataset / "meta" / "environment.json"
+    path.write_text(path.read_text().replace("env_paper_square", "reproduce"))
+    with pytest.raises(UserError, match="does not define PaperSquareVectorEnv"):
+        load_task(dataset)
+    path.unlink()  # LeRobot's own
+    assert load_task(dataset)[1]["tape_half_size"] == 0.08
+
+
+def test_another_process_has_a_dataset_to_itself(dataset):
+    program = f"import runs, pathlib, time; runs.lock(pathlib.Path({str(dataset)!r})); print('held'); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-uc", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another process is writing"):
+            Dataset(dataset, make_features(), ENV, append=True)
+        process.kill()
+    Dataset(dataset, make_features(), ENV, append=True)  # whatever became of it
 
 
 def test_append_needs_the_same_features_and_a_dataset_of_its_own(dataset):
     before = files_of(dataset)
     with pytest.raises(ValueError, match="same features"):
-        Dataset(dataset, make_features(48), append=True)
+        Dataset(dataset, make_features(video_height=48), ENV, append=True)
     assert files_of(dataset) == before
     path = dataset / "meta" / "episodes" / "chunk-000" / "file-001.parquet"
     pq.write_table(pq.read_table(path).replace_schema_metadata(), path)
     with pytest.raises(ValueError, match="no seeds"):
-        Dataset(dataset, make_features(), append=True)
+        Dataset(dataset, make_features(), ENV, append=True)
 
 
 class Killed(BaseException):
@@ -588,7 +637,7 @@ def test_a_recording_killed_at_any_write_can_be_read_and_continued(tmp_path, mon
         (reference / "meta" / "stats.json").write_bytes((root / "meta" / "stats.json").read_bytes())  # but for rounding
         assert files_of(reference).items() <= files_of(root).items()
         moment += 1
-    assert moment == 11 and outcomes[3] >= 4  # info.json, then five files per flush
+    assert moment == 12 and outcomes[3] >= 4  # environment.json, info.json, then five files per flush
     monkeypatch.setattr(Path, "replace", replace)
 
 
@@ -604,7 +653,7 @@ runpy.run_path("record_demos.py", run_name="__main__")"""
         text=True,
     )
     until = time.monotonic() + 60
-    while wait and not folder.exists() and time.monotonic() < until:
+    while wait and not (folder / "meta" / "info.json").exists() and time.monotonic() < until:
         time.sleep(0.005)
     return process
 
@@ -723,21 +772,21 @@ def test_the_default_policy_is_the_residual_one_and_append_takes_new_seeds(tmp_p
         ("--noise-std nan", "--noise-std"),
         ("--noise-correlation 1", "--noise-correlation"),
         ("--videos --video-height 100", "--video-height"),
-        ("--policy magic", "--policy must be empty, zero, jacobian, hybrid or il, found 'magic'"),
+        ("--policy magic", "magic"),
         ("--policy il", "needs --il-checkpoint"),
-        ("--model-path nowhere.pt", "no checkpoint at nowhere.pt"),
+        ("--model-path nowhere", "no checkpoint at nowhere"),
         ("--teleop keyboard --noise-std 0.1", "--noise-std"),
         ("--teleop keyboard", "display"),
-        ("--output-dir file/demos", "not a folder"),
+        ("--output-dir file/demos", "Not a directory: 'file/demos'"),
     ],
 )
-def test_mistakes_are_told_in_one_line_and_write_nothing(tmp_path, monkeypatch, capsys, flags, message):
+def test_mistakes_are_told_and_write_nothing(tmp_path, monkeypatch, capsys, flags, message):
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "file").write_text("")
     assert run_cli(flags, monkeypatch, tmp_path) == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert message in error and "Traceback" not in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["assets", "file"] and not (tmp_path / "demos").exists()
 
 
@@ -747,7 +796,7 @@ def test_mistakes_are_told_in_one_line_and_write_nothing(tmp_path, monkeypatch, 
 class StubViewer:
     """In the place of an environment: shows frames, and presses keys in them."""
 
-    act_scale = 0.02
+    act_scale, OBS, to_si = 0.02, OBS, staticmethod(to_si)
 
     def __init__(self, presses=()):
         self.presses, self.key_callback = list(presses), None
@@ -762,6 +811,10 @@ def home_obs():
     envs = make_envs(1)
     obs, _ = envs.reset(seed=0)
     return obs
+
+
+def home_targets(obs):
+    return joint_targets(to_si(obs), PaperSquareVectorEnv)
 
 
 def moved_by(obs, action, kinematics):
@@ -786,7 +839,7 @@ def test_a_key_moves_the_arm_by_its_motion(name, home_obs):
     axis, sign = DIRECTIONS[name]
     assert np.flatnonzero(motion).tolist() == [axis] and np.sign(motion[axis]) == sign
     small = motion * 0.1
-    action = motion_to_action(home_obs, small[None], 0.02, ArmKinematics())
+    action = motion_to_action(home_targets(home_obs), small[None], 0.02, ArmKinematics())
     assert np.abs(action).max() < 1.0
     error = np.abs(moved_by(home_obs, action, ArmKinematics())[0] - small)
     assert error[:3].max() < 3e-5 and error[3:].max() < 5e-4  # m, rad
@@ -799,9 +852,9 @@ def test_other_keys_do_nothing():
 
 def test_a_motion_too_fast_is_scaled_as_a_whole(home_obs):
     motion = np.array([[0.03, -0.02, 0.0, 0.0, 0.0, 0.1]])
-    action = motion_to_action(home_obs, motion, 0.02, ArmKinematics())
+    action = motion_to_action(home_targets(home_obs), motion, 0.02, ArmKinematics())
     assert_allclose(np.abs(action).max(), 1.0)
-    slow = motion_to_action(home_obs, 0.1 * motion, 0.02, ArmKinematics())
+    slow = motion_to_action(home_targets(home_obs), 0.1 * motion, 0.02, ArmKinematics())
     assert_allclose(action / np.linalg.norm(action), slow / np.linalg.norm(slow))
 
 
@@ -899,7 +952,7 @@ def test_videos_show_the_frames_and_append(tmp_path, monkeypatch):
         envs, "render_frame", lambda i, camera: (frames.append((camera, render_frame(i, camera))), frames[-1][1])[1]
     )
     for append in (False, True):
-        dataset = Dataset(root, make_features(48), append)
+        dataset = Dataset(root, make_features(video_height=48), ENV, append)
         for episode in record_episodes(JacobianIKPolicy(), envs, dataset.next_seed, 1, cameras=lerobot_dataset.CAMERAS):
             dataset.add(episode)
         dataset.flush()
