@@ -366,6 +366,41 @@ def test_many_flipped_bits_and_cut_files(dataset):
     print(damage_at_random(dataset, 1500))
 
 
+@pytest.mark.parametrize("path", ["/etc/passwd", "../secret/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet", 7])
+def test_a_dataset_does_not_choose_what_is_read(dataset, path):
+    edit_info(dataset, data_path=path)
+    with pytest.raises(UserError, match="data_path"):
+        load_demos(dataset)
+
+
+@pytest.mark.parametrize("link", ["data/chunk-000/file-000.parquet", "data/chunk-001", "meta/info.json"])
+def test_links_out_of_a_dataset_are_refused_and_nothing_behind_them_is_cleared_away(dataset, tmp_path, link):
+    (tmp_path / "elsewhere").mkdir()
+    precious, path = tmp_path / "elsewhere" / "file-999.parquet", dataset / link
+    precious.write_bytes(path.read_bytes() if path.exists() else b"mine")
+    before = precious.read_bytes()
+    path.unlink(missing_ok=True)
+    path.symlink_to(precious if path.suffix else precious.parent)
+    for use in (load_demos, lambda root: Dataset(root, make_features(), ENV, append=True)):
+        with pytest.raises(UserError, match="is a link out of it"):
+            use(dataset)
+    assert precious.read_bytes() == before
+
+
+def test_lengths_and_rows_that_unfold_are_refused_before_they_do(dataset, monkeypatch):
+    path = dataset / "meta" / "episodes" / "chunk-000" / "file-000.parquet"
+    table = pq.read_table(path)
+    for length in (10**12, -1, 0):
+        column = pa.array([length] * len(table))
+        pq.write_table(table.set_column(table.schema.get_field_index("length"), "length", column), path)
+        with pytest.raises(UserError, match="lengths below 1, or more than"):
+            load_demos(dataset)
+    monkeypatch.setattr(lerobot_dataset, "MOST_FRAMES", 10)
+    monkeypatch.setattr(pq.ParquetFile, "read", None)
+    with pytest.raises(ValueError, match="which is too much"):
+        lerobot_dataset.read_table(dataset / "data" / "chunk-000" / "file-000.parquet", ["action"])
+
+
 def test_too_few_episodes(written):
     with pytest.raises(ValueError, match="holds 7 episodes, and 8 are asked for"):
         load_demos(written, 8)
