@@ -3,7 +3,7 @@ A CVAE takes in what varies between demonstrations of the same situation, z, whi
 In 100 seconds on two cores, to 81 % of held-out episodes (3 seeds; from 25 demonstrations, 74 %):
     python record_demos.py --num-episodes 100 --output-dir demos
     python act.py --dataset demos
-The policy is a base to be lifted: python ppo_residual.py --base-policy il --il-checkpoint runs/NAME/best.pt
+The policy is a base to be lifted: python ppo_residual.py --base-policy il --il-checkpoint runs/NAME/best.safetensors
 """
 
 import time

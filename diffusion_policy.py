@@ -3,7 +3,7 @@ A U-Net learns to see through the noise (DDPM); DDIM (arXiv 2010.02502) acts in 
 In a minute on two cores, to 96 % of held-out episodes (3 seeds; from 25 demonstrations, 83 %):
     python record_demos.py --num-episodes 100 --output-dir demos
     python diffusion_policy.py --dataset demos
-The policy is a base to be lifted: python ppo_residual.py --base-policy il --il-checkpoint runs/NAME/best.pt
+The policy is a base to be lifted: python ppo_residual.py --base-policy il --il-checkpoint runs/NAME/best.safetensors
 """
 
 import copy

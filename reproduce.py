@@ -1,4 +1,4 @@
-"""Every number of the README's tables comes from this script: train, evaluate, tabulate, compare.
+"""Every number of the tables in README and docs comes from this script: train, evaluate, tabulate, compare.
 
     pip install submitit==1.5.4
     python reproduce.py                            # suite paper: three scripts, 10 seeds, 70 minutes on two cores
@@ -428,7 +428,7 @@ def format_everything(folder: Path) -> str:
     """The text of table.md, from the CSV files of all suites that have any."""
     suites = [suite for suite in SUITES if (folder / f"{suite}_runs.csv").is_file()]
     sections = [format_suite(suite, *read_rows(suite, folder)) for suite in suites]
-    legend = "Success in %, with 95 % intervals in brackets; definitions in the README.\n"
+    legend = "Success in %, with 95 % intervals in brackets; definitions in docs/results.md.\n"
     return "\n".join(["# Results\n", legend, *sections])
 
 

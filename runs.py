@@ -252,8 +252,9 @@ def pack(value: object, tensors: dict, path: str) -> object:
     if isinstance(value, NO_STATE):
         return None
     if hasattr(type(value), "__setstate__") and hasattr(type(value), "__getstate__"):  # random.Random
-        return pack(value.__getstate__(), tensors, path)
-    if hasattr(value, "__dict__"):
+        if value.__getstate__() is not None:
+            return pack(value.__getstate__(), tensors, path)
+    elif hasattr(value, "__dict__"):
         return pack(vars(value), tensors, path)
     raise TypeError(
         f"{path} is a {type(value).__name__}, which cannot be saved: give it state_dict and load_state_dict, or, if "
@@ -614,6 +615,7 @@ class Run:
         if self.rank == 0:
             self.writer.close()
             command = shlex.join(["python", sys.argv[0], "--resume", str(self.dir)])
+            command = command if self.source.resolve().parent == ROOT else f"PYTHONPATH=. {command}"
             print(f"stopped; go on with: {command}", file=sys.stderr)
         raise SystemExit(128 + number)
 
