@@ -518,6 +518,9 @@ def main(args: Args) -> int:
     """Run what is missing and write the results; returns how many runs failed."""
     suite, cores, folder = SUITES[args.suite], args.cores_per_run, Path(args.output_dir)
     episodes, seeds = args.episodes or suite.episodes, args.seeds or suite.seeds
+    if not args.dry_run:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock(folder)
     runs, curves = read_rows(args.suite, folder)
     runs = [row for row in runs if suite.methods.get(row["method"]) == row["command"]]  # not of an earlier suite
     if others := {row["episodes"] for row in runs} - {str(episodes)}:
@@ -553,9 +556,6 @@ def main(args: Args) -> int:
         import submitit
     except ImportError as error:
         raise UserError("reproduce.py hands its runs to submitit: pip install submitit==1.5.4") from error
-    folder.mkdir(parents=True, exist_ok=True)
-    lock(folder)
-    runs[:], curves[:] = read_rows(args.suite, folder)
     try:
         executor = submitit.AutoExecutor("runs/submitit", cluster=args.executor)
     except RuntimeError as error:  # no SLURM here
