@@ -308,6 +308,19 @@ def test_checkpoints_for_different_squares_are_compared_on_one_only(tmp_path):
     assert len(policies) == 3 and {task.keywords["tape_half_size"] for task in tasks.values()} == {0.077}
 
 
+def test_bases_are_told_apart_by_what_they_are_not_by_a_path_or_a_name(tmp_path):
+    """Two residuals on two imitators that lay at one path, and a third on the first imitator at another path."""
+    paths, residual = [], runs.load_checkpoint(ASSETS["ppo_residual"])
+    for name, base, il_checkpoint in (("a", "act", "il"), ("b", "diffusion_policy", "il"), ("c", "act", "moved")):
+        flags = {"exp_name": name, "base_policy": "il", "il_checkpoint": il_checkpoint}
+        checkpoint = {**residual, "args": residual["args"] | flags, "base": runs.load_checkpoint(ASSETS[base])}
+        runs.save_checkpoint(checkpoint, tmp_path / f"{name}.safetensors")
+        paths.append(str(tmp_path / f"{name}.safetensors"))
+    policies, _ = evaluation.load_policies(evaluation.Args(model_path=tuple(paths), compare_base=True))
+    bases = {name: policy.checkpoint["script"] for name, policy in policies.items() if name.startswith("base ")}
+    assert sorted(bases.values()) == ["act", "diffusion_policy"] and len(policies) == 5
+
+
 def test_policies_beside_a_checkpoint_act_at_its_scale(tmp_path):
     args = evaluation.Args(model_path=(write(tmp_path, act_scale=0.04),), policy=("jacobian",))
     policies, tasks = evaluation.load_policies(args)

@@ -1,6 +1,7 @@
 """act.py and diffusion_policy.py: chunks, losses, schedule and sampler of the diffusion, runs."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -220,6 +221,19 @@ def test_a_run_leaves_a_checkpoint_that_plays_alike_as_policy_and_as_base(comman
     assert {key.split("/")[0] for key in events.Tags()["scalars"]} == {"charts", "losses", "time", "eval"}
     assert [scalar.step for scalar in events.Scalars("charts/SPS")] == [2, 4]
     assert [scalar.step for scalar in events.Scalars("eval/success_rate")] == [0, 4]
+
+
+@pytest.mark.parametrize("name", IMITATION)
+def test_an_imitator_is_judged_in_the_task_that_was_demonstrated(name, demos, monkeypatch, tmp_path):
+    shutil.copytree(demos, tmp_path / "wide")
+    path = tmp_path / "wide" / "meta" / "environment.json"
+    env = json.loads(path.read_text())
+    path.write_text(json.dumps(env | {"kwargs": env["kwargs"] | {"tape_half_size": 0.12, "act_scale": 0.03}}))
+    judged = []
+    monkeypatch.setattr(evaluation, "report", lambda run, policy, checkpoint: judged.append((policy, checkpoint)))
+    run_script(name, f"--dataset wide {TINY[name]}", monkeypatch, tmp_path)
+    ((policy, checkpoint),) = judged
+    assert evaluation.task_of(checkpoint)(1).tape_half_size == 0.12 and policy.act_scale == 0.03
 
 
 @pytest.mark.parametrize("name", IMITATION)

@@ -245,10 +245,19 @@ def test_without_submitit_it_says_so_and_without_a_place_to_write_nothing_runs(m
     RUNS.parent.write_text("a file where a folder should be")
     with pytest.raises(OSError, match="results"):
         matrix()
+    RUNS.parent.unlink()
     monkeypatch.setitem(sys.modules, "submitit", None)  # as if it were not installed
     with pytest.raises(runs.UserError, match="pip install submitit"):
         matrix()
-    assert [path.name for path in Path().iterdir()] == ["results"]
+    assert not [path for path in Path().rglob("*") if path.suffix not in ("", ".lock")]
+
+
+def test_a_method_that_left_the_suite_leaves_its_rows_behind(matrix, monkeypatch):
+    matrix()
+    changed = {**{name: command for name, command in METHODS.items() if name != "PPO"}, "new": "ppo.py --num-envs 4"}
+    monkeypatch.setitem(reproduce.SUITES, "quick", Suite(changed, ("base",), seeds=2, episodes=8))
+    matrix()
+    assert {row["method"] for row in reproduce.read_rows("quick", RUNS.parent)[0]} == set(changed)
 
 
 def test_a_suite_end_to_end(monkeypatch, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import io
 import json
 import re
 import runpy
@@ -437,6 +438,44 @@ def test_a_run_writes_what_the_pages_say(monkeypatch, tmp_path):
     documented = set(re.findall(f"`((?:{groups})/\\w+)`", pages))
     assert "`reward/<term>`" in pages
     assert documented == {key for key in everything if not key.startswith("reward/")}
+
+
+def test_curves_leave_out_the_first_episodes_which_are_cut_short():
+    episodes, never = runs.Episodes(2), np.zeros(2, dtype=bool)
+    for lengths in ((1, 3), (4, 4)):  # each environment's first episode, its second
+        for step in range(1, 5):
+            ended = np.array([step == length for length in lengths])
+            info = {"dist_to_goal": np.ones(2), "orientation_error": np.zeros(2), "physics_reset": never}
+            infos = {"reward/time": np.ones(2)} | ({"final_info": info} if ended.any() else {})
+            episodes.add(np.ones(2), never, ended, infos)
+    # After its first step the first environment had three left of the round, and ended four steps into the next
+    assert list(episodes.last["rollout/ep_len_mean"]) == [7.0, 5.0]
+
+
+def test_a_terminal_that_cannot_show_a_name_loses_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    run_dir = run_script("ppo.py", f"{TINY['ppo.py']} --exp-name prüfung", monkeypatch, tmp_path)["run"].dir
+    sys.stdout.flush()
+    assert (run_dir / "results.json").exists() and b"pr\\xfcfung" in sys.stdout.buffer.getvalue()
+
+
+def test_a_report_may_be_stopped_and_gone_on_with(monkeypatch, tmp_path, capsys):
+    def stop(run, policy, checkpoint):
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(evaluation, "report", stop)
+        run_script("ppo.py", TINY["ppo.py"], patch, tmp_path)
+    assert end.value.code == 128 + signal.SIGTERM
+    run_dir = shlex.split(re.search("go on with: (.*)", capsys.readouterr().err)[1])[-1]
+    script = run_script("ppo.py", f"--resume {run_dir}", monkeypatch, tmp_path)
+    assert (tmp_path / run_dir / "results.json").exists() and script["global_step"] == 32
+
+
+def test_the_projects_own_checkpoints_are_found_from_elsewhere(monkeypatch, tmp_path):
+    with pytest.raises(SystemExit):
+        run_script("record_demos.py", "--num-episodes 1 --num-threads 1", monkeypatch, tmp_path)
+    assert (tmp_path / "demos" / "meta" / "info.json").exists()
 
 
 @pytest.mark.parametrize("flags", ["--curriculum --no-anneal-lr", "--alpha-schedule linear --no-randomize"])
