@@ -241,7 +241,10 @@ class FrozenILPolicy(BasePolicy):
         if "env" in checkpoint:  # a LeRobot folder does not say
             check_rows(checkpoint["env"]["rows"], env)
         script = load_module(checkpoint["script"], "make_network")
-        self.network = script.make_network(checkpoint).to(device)
+        try:
+            self.network = script.make_network(checkpoint).to(device)
+        except KeyError as error:  # the state of a run, say
+            raise UserError(f"this is not a policy's checkpoint of {checkpoint['script']}.py: no {error}") from error
         self.n_action_steps, self.coeff = self.network.n_action_steps, self.network.temporal_ensemble_coeff
         self.pointer = np.zeros(0, dtype=np.int64)  # next step of the chunk; or how many chunks an ensemble has
 

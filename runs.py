@@ -17,6 +17,7 @@ are written whole or not at all.
 import ast
 import hashlib
 import importlib.util
+import inspect
 import itertools
 import json
 import numbers
@@ -236,8 +237,11 @@ def pack(value: object, tensors: dict, path: str) -> object:
     if isinstance(value, (torch.Tensor, np.ndarray, np.number, np.bool_)):
         while path in tensors:
             path += "'"
-        tensors[path] = torch.as_tensor(value).detach().cpu().clone(memory_format=torch.contiguous_format)
-        return {"$tensor" if isinstance(value, torch.Tensor) else "$array": path}
+        kind, value = (
+            ("$tensor", value) if isinstance(value, torch.Tensor) else ("$array", torch.from_numpy(np.array(value)))
+        )
+        tensors[path] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {kind: path}
     if isinstance(value, (bool, int, float, str, types.NoneType)):
         return value
     if isinstance(value, Path):
@@ -389,6 +393,10 @@ def env_of(checkpoint: dict) -> type:
     env = checkpoint["env"]
     kind = getattr(load_module(env["module"], env["class"]), env["class"])
     check_rows(env["rows"], kind)
+    try:
+        inspect.signature(kind).bind(1, **env["kwargs"])
+    except TypeError as error:
+        raise UserError(f"{env['class']} of {env['module']}.py has other arguments than it had: {error}") from error
     return kind
 
 

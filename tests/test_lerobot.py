@@ -8,12 +8,15 @@ LeRobot pins another torch, so it lives in an environment of its own; where it i
     .venv-lerobot/bin/python -m pytest tests/test_lerobot.py
 """
 
+import functools
 import json
 import os
 import runpy
 import shlex
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +24,12 @@ import pytest
 import torch
 from numpy.testing import assert_allclose, assert_array_equal
 
-import base_policies
 import lerobot_policy
 import ppo_residual
 from base_policies import BaseFlags, joints_to_rad, load_il, make_base, to_lerobot
 from env_paper_square import OBS, PaperSquareVectorEnv, to_si
-from lerobot_policy import LEROBOT_NEEDED
-from runs import UserError, data_of, load_module
+from lerobot_policy import LEROBOT_NEEDED, check_lerobot
+from runs import UserError, data_of, describe_env, load_checkpoint, load_module, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 STATISTICS = {name: f"policy_{name}processor_step.safetensors" for name in ("pre", "post")}
@@ -74,20 +76,19 @@ def folder(tmp_path):
         (folder / name).write_text(json.dumps(content))
     for name in ("model.safetensors", *STATISTICS.values()):
         (folder / name).write_bytes(safetensors())
-    base_policies.load_il.cache_clear()
     return folder
+
+
+def one_line(error):
+    assert len(str(error).splitlines()) == 1 and len(str(error)) < 500
 
 
 def refused(il_checkpoint, message):
     """Building the base is an error of one line that matches."""
-    with pytest.raises(ValueError, match=message) as error:
+    load_il.cache_clear()
+    with pytest.raises(UserError, match=message) as error:
         make_base("il", BaseFlags(il_checkpoint=str(il_checkpoint)))
-    assert len(str(error.value).splitlines()) == 1
-    assert len(str(error.value)) < 500
-
-
-def through_a_file(state):
-    return data_of(state)
+    one_line(error.value)
 
 
 def load_network(state):
@@ -98,62 +99,102 @@ def load_network(state):
 
 
 def test_a_folder_is_read_as_bytes_that_a_checkpoint_can_hold(folder):
-    state = through_a_file(load_il(str(folder)))
+    state = data_of(load_il(str(folder)))
     assert state["script"] == "lerobot_policy"
     assert sorted(state["files"]) == sorted([*LEROBOT_NEEDED, *STATISTICS.values()])  # no train_config.json, no README
     for name, content in state["files"].items():
         assert bytes(content.tolist()) == (folder / name).read_bytes()
 
 
-@pytest.mark.parametrize("name", LEROBOT_NEEDED)
-def test_a_folder_that_lacks_a_file_is_refused(folder, name):
-    (folder / name).unlink()
-    refused(folder, f"it lacks {name}: give the folder .*pretrained_model that lerobot-train wrote")
-    (folder / name).mkdir()  # a folder where a file should be
-    refused(folder, f"it lacks {name}")
-
-
-def test_the_folder_around_it_and_one_of_its_files_are_refused(folder):
-    refused(folder.parent, r"it lacks config\.json, model\.safetensors, .*pretrained_model")
+def test_a_folder_that_is_none_of_lerobots_is_refused(folder, tmp_path, monkeypatch):
+    refused(folder.parent, r"it lacks config\.json, model\.safetensors, .*pretrained_model that lerobot-train wrote")
     refused(folder / "model.safetensors", "is not a checkpoint of this project")
-
-
-def test_a_folder_too_large_for_a_checkpoint_is_refused(folder, monkeypatch):
+    for name in LEROBOT_NEEDED:
+        (folder / name).rename(tmp_path / "aside")
+        (folder / name).mkdir()  # a folder where a file should be
+        refused(folder, f"it lacks {name}: give the folder")
+        (folder / name).rmdir()
+        refused(folder, f"it lacks {name}: give the folder")
+        (tmp_path / "aside").rename(folder / name)
+    (tmp_path / "secret").write_text("{}")
+    (folder / "policy_preprocessor_secret.json").symlink_to(tmp_path / "secret")
+    refused(folder, "a link out of it")
+    (folder / "policy_preprocessor_secret.json").unlink()
     monkeypatch.setattr(lerobot_policy, "LEROBOT_LIMIT", 2**20)
     (folder / "model.safetensors").write_bytes(safetensors(2**21))
     refused(folder, "holds 2 MiB: at most 1 MiB")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", *STATISTICS.values()])
-@pytest.mark.parametrize("size", [0, 5, 40, -1])
-def test_a_cut_safetensors_is_refused(folder, name, size):
-    (folder / name).write_bytes(safetensors()[:size])
-    refused(folder, f"{name} of the LeRobot policy is damaged")
+NOT_JSON = [b"", b"{", b"[]", b"{}", b'"text"', b'{"type": "act"}', b"\xff", b"[" * 100_000]
+NOT_SAFETENSORS = [*(safetensors()[:size] for size in (0, 5, 40, -1)), safetensors() + b"x"]
+NOT_SAFETENSORS += [b"\x80\x04pickle" * 9, (2**63).to_bytes(8, "little") + b"{}"]
 
 
-def test_a_safetensors_that_goes_on_or_is_something_else_is_refused(folder):
-    for content in (safetensors() + b"x", b"\x80\x04pickle" * 9, (2**63).to_bytes(8, "little") + b"{}"):
-        (folder / "model.safetensors").write_bytes(content)
-        refused(folder, r"model\.safetensors of the LeRobot policy is damaged")
+@pytest.mark.parametrize("name", [*LEROBOT_NEEDED, STATISTICS["pre"]])
+def test_a_damaged_file_is_refused(folder, name):
+    for content in NOT_JSON if name.endswith(".json") else NOT_SAFETENSORS:
+        (folder / name).write_bytes(content)
+        refused(folder, "of the LeRobot policy is damaged")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '"text"', '{"type": "act"}', "\udcff"])
-@pytest.mark.parametrize("name", [name for name in LEROBOT_NEEDED if name.endswith(".json")])
-def test_a_damaged_json_is_refused(folder, name, content):
-    (folder / name).write_bytes(content.encode(errors="surrogateescape"))
-    refused(folder, "of the LeRobot policy is damaged")
+def leaves(content, path=()):
+    """The paths of all that is in a content."""
+    if path:
+        yield path
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, item in items:
+        yield from leaves(item, (*path, key))
 
 
-@pytest.mark.parametrize("name", ["../evil.json", "/evil.json", "config.json/../evil.json", "evil.py", "config.json\n"])
-def test_a_checkpoint_with_hostile_file_names_is_refused(folder, name):
+WRONG = [
+    None,
+    True,
+    -1,
+    0,
+    3,
+    10**9,
+    -(10**30),
+    0.5,
+    1e300,
+    float("nan"),
+    "",
+    "x",
+    "../../x",
+    "a\nb\x1b[2J",
+    "x" * 100_000,
+]
+WRONG += [[], {}, [1], ["x"], [[1.0], [1.0, 2.0]], {"x": 1}]
+
+
+def test_a_wrong_leaf_is_taken_or_refused_in_one_line(folder):
+    files, counts = load_il(str(folder))["files"], Counter()
+    for name in files:
+        start = 0 if name.endswith(".json") else 8
+        original = bytes(files[name].tolist())[start:]
+        original, rest = original[: original.rindex(b"}") + 1], original[original.rindex(b"}") + 1 :]
+        for path in leaves(json.loads(original)):
+            for wrong in WRONG:
+                content = json.loads(original)
+                *way, last = path
+                inner = functools.reduce(lambda part, key: part[key], way, content)
+                inner[last] = wrong
+                header = json.dumps(content).encode()
+                data = len(header).to_bytes(8, "little")[:start] + header + rest
+                try:
+                    check_lerobot(files | {name: torch.frombuffer(bytearray(data), dtype=torch.uint8)})
+                    counts["taken"] += 1
+                except UserError as error:
+                    one_line(error)
+                    counts["refused"] += 1
+    assert counts["refused"] > counts["taken"] > 0
+
+
+def test_a_checkpoint_names_no_other_files_and_chooses_no_other_module(folder):
     state = load_il(str(folder))
-    files = {**state["files"], name: state["files"]["config.json"]}
-    with pytest.raises(ValueError, match="not the files of a LeRobot policy"):
-        load_network({**state, "files": files})
-
-
-def test_a_checkpoint_does_not_choose_what_is_imported():
-    with pytest.raises(ValueError, match=r"there is no .*antigravity\.py"):
+    for name in ("../evil.json", "/evil.json", "config.json/../evil.json", "evil.py", "config.json\n"):
+        with pytest.raises(UserError, match="not the files of a LeRobot policy"):
+            load_network({**state, "files": {**state["files"], name: state["files"]["config.json"]}})
+    with pytest.raises(UserError, match=r"there is no .*antigravity\.py"):
         load_network({"script": "antigravity"})
     assert "antigravity" not in sys.modules
 
@@ -171,32 +212,18 @@ def test_a_checkpoint_does_not_choose_what_is_imported():
         ({"output_features": {"action": feature("ACTION", 7)}}, r"\[7\]"),
         ({"type": "diffusion", "noise_scheduler_type": "DDIM", "n_obs_steps": 2}, r"--policy\.n_obs_steps=1"),
         ({"type": "diffusion", "noise_scheduler_type": "DDPM"}, r"--policy\.noise_scheduler_type=DDIM"),
+        # for which LeRobot would download a network
+        ({"input_features": config()["input_features"] | {"observation.state": feature("VISUAL", 6)}}, "types"),
+        # more than any network needs
+        ({"dim_model": 10**9}, "dim_model"),
+        ({"chunk_size": 10_000}, "chunk_size"),
+        ({"n_encoder_layers": 10**6}, "n_encoder_layers"),
+        ({"down_dims": [512] * 1000}, "down_dims"),
     ],
 )
 def test_a_policy_that_cannot_be_played_is_refused(folder, changes, message):
     (folder / "config.json").write_text(json.dumps(config(**changes)))
     refused(folder, message)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("dim_model", 10**9), ("chunk_size", 10_000), ("n_encoder_layers", 10**6), ("down_dims", [512] * 1000)],
-)
-def test_a_config_that_asks_for_too_much_is_refused_before_lerobot_builds_it(folder, key, value):
-    (folder / "config.json").write_text(json.dumps(config(**{key: value})))
-    refused(folder, key)
-
-
-def test_a_feature_for_which_lerobot_would_download_a_network_is_refused(folder):
-    inputs = {**config()["input_features"], "observation.state": feature("VISUAL", 6)}
-    (folder / "config.json").write_text(json.dumps(config(input_features=inputs)))
-    refused(folder, "types")
-
-
-def test_a_link_out_of_a_folder_is_refused(folder, tmp_path):
-    (tmp_path / "secret").write_text("{}")
-    (folder / "policy_preprocessor_secret.json").symlink_to(tmp_path / "secret")
-    refused(folder, "a link out of it")
 
 
 @pytest.mark.parametrize(
@@ -351,14 +378,17 @@ def test_a_residual_checkpoint_plays_when_the_folder_is_gone(trained, tmp_path):
     folder = trained.rename(tmp_path / "moved")
     try:
         args = ppo_residual.Args(base_policy="il", il_checkpoint=str(folder))
-        agent = ppo_residual.Agent(38, 6, args.hidden_size, args.init_std)
-        checkpoint = through_a_file(ppo_residual.make_checkpoint(args, agent, 0))
-        observations = PaperSquareVectorEnv(4).reset(seed=0)[0]
-        expected = make_base("il", BaseFlags(il_checkpoint=str(folder)))(observations)
+        base = make_base("il", args)
     finally:
         folder.rename(trained)
+    observations = PaperSquareVectorEnv(4).reset(seed=0)[0]
+    expected = base(observations)
+    agent = ppo_residual.Agent(38, 6, args.hidden_size, args.init_std)
+    checkpoint = {"script": "ppo_residual", "args": asdict(args), "model": agent.state_dict(), "global_step": 0}
+    checkpoint |= {"base": base.checkpoint, "env": describe_env(PaperSquareVectorEnv, {})}
+    save_checkpoint(checkpoint, tmp_path / "last.safetensors")
     state = torch.get_rng_state()
-    policy = ppo_residual.make_policy(checkpoint)
+    policy = ppo_residual.make_policy(load_checkpoint(tmp_path / "last.safetensors"))
     assert torch.equal(torch.get_rng_state(), state)
     policy.reset(np.ones(4, dtype=bool))
     assert_array_equal(policy.base_policy(observations), expected)
@@ -389,6 +419,6 @@ def test_an_ensemble_coefficient_of_zero_is_the_plain_mean_as_it_is_to_lerobot(t
 def test_what_does_not_fit_the_weights_is_refused(trained):
     for name, value in (("dim_model", 64), ("down_dims", [16, 64]), ("horizon", "x"), ("unheard_of", 1)):
         changed = edited(load_il(str(trained)), "config.json", lambda config, new={name: value}: config | new)
-        with pytest.raises(ValueError, match="LeRobot cannot load the policy") as error:
+        with pytest.raises(UserError, match="LeRobot cannot load the policy") as error:
             load_network(changed)
-        assert len(str(error.value).splitlines()) == 1
+        one_line(error.value)
