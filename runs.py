@@ -15,6 +15,7 @@ are written whole or not at all.
 """
 
 import ast
+import copyreg
 import hashlib
 import importlib.util
 import inspect
@@ -34,6 +35,7 @@ import types
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -227,7 +229,7 @@ def pack(value: object, tensors: dict, path: str) -> object:
     Objects are kept by their state_dict, random generators by their states, other objects by their attributes.
     """
     if isinstance(value, torch.nn.Module):
-        return pack({"state": value.state_dict(), "attributes": attributes_of(value)}, tensors, path)
+        return pack({"state": value.state_dict(), "parts": parts_of(value)}, tensors, path)
     if hasattr(type(value), "state_dict"):  # optimisers, environments, bases
         return pack(value.state_dict(), tensors, path)
     if isinstance(value, np.random.Generator):
@@ -244,8 +246,12 @@ def pack(value: object, tensors: dict, path: str) -> object:
         return {kind: path}
     if isinstance(value, (bool, int, float, str, types.NoneType)):
         return value
+    if isinstance(value, Enum):
+        return value.name
     if isinstance(value, Path):
         return {"$path": str(value)}
+    if isinstance(value, (Mapping, list, tuple, deque)) and vars_of(value):
+        raise TypeError(f"{path} is a {type(value).__name__} with attributes, which cannot be saved")
     if isinstance(value, Mapping):
         items = {key: pack(item, tensors, f"{path}/{key}".lstrip("/")) for key, item in value.items()}
         plain = all(isinstance(key, str) and key[:1] != "$" for key in items)
@@ -255,18 +261,35 @@ def pack(value: object, tensors: dict, path: str) -> object:
         return {"$tuple": items} if isinstance(value, tuple) else items
     if isinstance(value, NO_STATE):
         return None
-    if hasattr(type(value), "__setstate__") and hasattr(type(value), "__getstate__"):  # random.Random
-        if value.__getstate__() is not None:
-            return pack(value.__getstate__(), tensors, path)
-    elif hasattr(value, "__dict__"):
-        return pack(vars(value), tensors, path)
+    if attributes_of(value) is not None:
+        return pack(attributes_of(value), tensors, path)
     raise TypeError(
         f"{path} is a {type(value).__name__}, which cannot be saved: give it state_dict and load_state_dict, or, if "
         "nothing of it is needed to go on, a name with a leading underscore"
     )
 
 
-def attributes_of(module: torch.nn.Module) -> dict:
+def vars_of(container: object) -> set[str]:
+    """Attributes of a container, but for the one that torch's state_dict has."""
+    return getattr(container, "__dict__", {}).keys() - {"_metadata"}
+
+
+def attributes_of(value: object) -> dict | None:
+    """What an object holds, by name, as `copy` finds it; None if that is not all of it."""
+    try:
+        make, args, attributes, *items = (*value.__reduce_ex__(2), None, None, None)[:5]
+    except TypeError:  # files, locks, generators
+        return None
+    if isinstance(value, (random.Random, np.random.RandomState)):
+        return {"state": attributes}
+    plain = (make is copyreg.__newobj__ and len(args) == 1) or (make is type(value) and not args)
+    own, slots = attributes if isinstance(attributes, tuple) and len(attributes) == 2 else (attributes, {})
+    if not plain or any(items) or not all(isinstance(part, (dict, types.NoneType)) for part in (own, slots)):
+        return None
+    return (own or {}) | (slots or {})
+
+
+def parts_of(module: torch.nn.Module) -> dict:
     """What the parts of a network hold besides their weights, by name: a hidden state, say."""
     parts = module.named_modules()
     return {name: {key: x for key, x in (vars(m) | m._buffers).items() if key[0] != "_"} for name, m in parts}
@@ -419,11 +442,13 @@ def rebuild(make: Callable[[], torch.nn.Module], weights: dict) -> torch.nn.Modu
 
 def restored(value: object, state: object, name: str) -> object:
     """`value` as it was when it was packed: itself, changed in place, or what takes its place if it cannot be."""
-    if isinstance(value, NO_STATE):
+    if isinstance(value, NO_STATE) or value is state:  # it was not there yet
         return value
+    if isinstance(value, Enum):
+        return type(value)[state]
     if isinstance(value, torch.nn.Module):
         value.load_state_dict(state["state"])
-        for part, attributes in state["attributes"].items():
+        for part, attributes in state["parts"].items():
             for key, item in attributes.items():
                 module = value.get_submodule(part)
                 setattr(module, key, restored(getattr(module, key), item, f"{name}.{part}.{key}"))
@@ -436,6 +461,8 @@ def restored(value: object, state: object, name: str) -> object:
     elif isinstance(value, (np.ndarray, torch.Tensor)):
         if value.shape != np.shape(state):
             raise ValueError(f"{name} was of shape {list(np.shape(state))}, and is of {list(value.shape)}")
+        if isinstance(value, torch.Tensor) and 0 in value.stride():  # expanded: its numbers share their memory
+            return state
         with torch.no_grad():
             value[...] = state
     elif isinstance(value, dict):
@@ -451,11 +478,11 @@ def restored(value: object, state: object, name: str) -> object:
         value.extend(items)
     elif isinstance(value, (np.generic, bool, int, float, str, types.NoneType, Path)):
         return state
-    elif hasattr(type(value), "__setstate__"):
-        value.__setstate__(state)
+    elif isinstance(value, (random.Random, np.random.RandomState)):
+        value.__setstate__(state["state"])
     else:
         for key, item in state.items():
-            setattr(value, key, restored(getattr(value, key), item, f"{name}.{key}"))
+            object.__setattr__(value, key, restored(getattr(value, key, item), item, f"{name}.{key}"))
     return value
 
 
