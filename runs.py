@@ -94,7 +94,8 @@ def fits(kind: Any, value: object) -> bool:
     if origin is Literal:
         return value in parts
     if origin in (tuple, list):
-        return isinstance(value, origin) and all(any(fits(part, item) for part in parts) for item in value)
+        kinds = [part for part in parts if part is not Ellipsis]
+        return isinstance(value, origin) and all(any(fits(kind, item) for kind in kinds) for item in value)
     if kind in (int, float):
         return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
     return kind not in (bool, str, types.NoneType) or isinstance(value, kind)
@@ -105,7 +106,8 @@ def describe(kind: Any) -> str:
     limits = [limit for limit in getattr(kind, "__metadata__", ()) if isinstance(limit, Between)]
     if limits:
         return f"from {limits[0].low:g} to {limits[0].high:g}"
-    return " or ".join(map(describe, get_args(kind))) or getattr(kind, "__name__", repr(kind))
+    parts = [part for part in get_args(kind) if part is not Ellipsis]
+    return " or ".join(map(describe, parts)) or getattr(kind, "__name__", repr(kind))
 
 
 @dataclass
@@ -358,15 +360,16 @@ def load_checkpoint(path: str | Path) -> dict:
 
     A path that leads nowhere from here is taken from this project's folder, where assets/ lies.
     """
+    found = Path(path) if Path(path).exists() else ROOT / path
+    if not found.is_file():
+        raise UserError(f"no checkpoint at {path}: give the file that a training script wrote under runs/")
     try:
-        with safetensors.safe_open(path if Path(path).exists() else ROOT / path, "pt") as file:
+        with safetensors.safe_open(found, "pt") as file:
             header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if digest(tensors, header["content"]) != header["sha256"]:
             raise ValueError("what it holds has changed since it was written")
         checkpoint = unpack(json.loads(header["content"]), tensors)
         return {"script": checkpoint["script"], "args": checkpoint["args"], **checkpoint}
-    except FileNotFoundError as error:
-        raise UserError(f"no checkpoint at {path}: give the file that a training script wrote under runs/") from error
     except (OSError, safetensors.SafetensorError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not a checkpoint of this project, or damaged: {error}") from error
 
@@ -415,6 +418,8 @@ def env_of(checkpoint: dict) -> type:
     """The class of the environment that a policy was trained in; raises UserError if it observes something else now."""
     env = checkpoint["env"]
     kind = getattr(load_module(env["module"], env["class"]), env["class"])
+    if not hasattr(kind, "OBS_ROWS"):
+        raise UserError(f"{env['class']} of {env['module']}.py is no environment")
     check_rows(env["rows"], kind)
     try:
         inspect.signature(kind).bind(1, **env["kwargs"])
