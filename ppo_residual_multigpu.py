@@ -9,6 +9,7 @@ one process but for rounding. Flags count all processes together; the first one 
 
 import atexit
 import os
+import sys
 import time
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -238,7 +239,9 @@ if __name__ == "__main__":
     device = find_device(args.device)
     if device.type == "cuda":  # a GPU for each process
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    hook = sys.excepthook
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    sys.excepthook = hook  # the process group's own would swallow what `parse` has to say of a mistake
     atexit.register(dist.destroy_process_group)  # ends its threads while Python still runs: they hold tensors
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if args.num_envs % world_size or args.minibatch_size % world_size:
