@@ -74,7 +74,7 @@ class Real:
     kind: type = float
 
     def __class_getitem__(cls, limits):
-        return Annotated[cls.kind, Between(*limits), tyro.conf.arg(metavar="{:g}..{:g}".format(*limits))]
+        return Annotated[cls.kind, Between(*limits), tyro.conf.arg(metavar="{}..{}".format(*limits))]
 
 
 class Whole(Real):
@@ -105,7 +105,7 @@ def describe(kind: Any) -> str:
     """What `fits` asks for, in words."""
     limits = [limit for limit in getattr(kind, "__metadata__", ()) if isinstance(limit, Between)]
     if limits:
-        return f"from {limits[0].low:g} to {limits[0].high:g}"
+        return f"from {limits[0].low} to {limits[0].high}"
     parts = [part for part in get_args(kind) if part is not Ellipsis]
     return " or ".join(map(describe, parts)) or getattr(kind, "__name__", repr(kind))
 
@@ -438,7 +438,8 @@ def rebuild(make: Callable[[], torch.nn.Module], weights: dict) -> torch.nn.Modu
     try:
         network.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"the checkpoint's weights do not fit the network of its flags: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"the checkpoint's weights do not fit the network of its flags: {reason:.300}") from error
     return network
 
 

@@ -209,7 +209,7 @@ def test_every_limit_is_kept_by_the_command_line_and_by_a_checkpoint(script, cap
         flag, step = f"--{name.replace('_', '-')}", 1 if number is int else 1e-3
         outside = [limits.low - step, limits.high + step, -(10**30), 10**30] + [math.nan, math.inf] * (number is float)
         for value in map(value_of, (*outside, "1", True, [1], 1j)):
-            allowed = f"{limits.low:g} to {limits.high:g}"
+            allowed = f"{limits.low} to {limits.high}"
             with pytest.raises(ValueError, match=f"^{flag} must be .*{re.escape(allowed)}.*found ") as error:
                 kind(**{name: value})
             assert str(error.value).endswith(f"found {value!r:.100}")
@@ -230,7 +230,7 @@ def test_every_limit_is_kept_by_the_command_line_and_by_a_checkpoint(script, cap
     text = capsys.readouterr().out
     hints = get_type_hints(kind, include_extras=True)
     shown = [limits for name, limits, *_ in limited_flags(kind) if get_origin(hints[name]) is Annotated]
-    assert shown and all(f"{limits.low:g}..{limits.high:g}" in text for limits in shown)
+    assert shown and all(f"{limits.low}..{limits.high}" in text for limits in shown)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
