@@ -8,7 +8,6 @@ started an episode. `policy(obs, mask)` asks for the environments of the mask on
 line in `BASES`, and its flags in `BaseFlags`, all in this file.
 """
 
-import functools
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -334,9 +333,8 @@ class HybridPolicy(BasePolicy):
             policy.reset(mask)
 
 
-@functools.cache
 def load_il(path: str) -> dict:
-    """What `FrozenILPolicy` needs, of a checkpoint of an imitation script, or a LeRobot folder; read once.
+    """What `FrozenILPolicy` needs, of a checkpoint of an imitation script, or a LeRobot folder.
 
     Raises UserError if there is none at `path`.
     """

@@ -85,7 +85,6 @@ def one_line(error):
 
 def refused(il_checkpoint, message):
     """Building the base is an error of one line that matches."""
-    load_il.cache_clear()
     with pytest.raises(UserError, match=message) as error:
         make_base("il", BaseFlags(il_checkpoint=str(il_checkpoint)))
     one_line(error.value)

@@ -395,7 +395,6 @@ def test_a_checkpoint_alone_is_the_policy_that_was_trained(name, flags, monkeypa
     run_script(name, f"{TINY[name]} --learning-rate 0.1 {flags}", monkeypatch, tmp_path)
     ((run_dir, in_process),) = reported
     Path("act.safetensors").unlink()
-    base_policies.load_il.cache_clear()
     from_file, task, checkpoint = evaluation.load_policy(run_dir / "last.safetensors")
     assert checkpoint["global_step"] == 32 and (run_dir / "best.safetensors").exists()
     if "alpha" in flags:
