@@ -241,11 +241,9 @@ def pack(value: object, tensors: dict, path: str) -> object:
     if isinstance(value, (torch.Tensor, np.ndarray, np.number, np.bool_)):
         while path in tensors:
             path += "'"
-        kind, value = (
-            ("$tensor", value) if isinstance(value, torch.Tensor) else ("$array", torch.from_numpy(np.array(value)))
-        )
-        tensors[path] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        return {kind: path}
+        tensor = value if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
+        tensors[path] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"$tensor" if tensor is value else "$array": path}
     if isinstance(value, (bool, int, float, str, types.NoneType)):
         return value
     if isinstance(value, Enum):
@@ -263,8 +261,9 @@ def pack(value: object, tensors: dict, path: str) -> object:
         return {"$tuple": items} if isinstance(value, tuple) else items
     if isinstance(value, NO_STATE):
         return None
-    if attributes_of(value) is not None:
-        return pack(attributes_of(value), tensors, path)
+    attributes = attributes_of(value)
+    if attributes is not None:
+        return pack(attributes, tensors, path)
     raise TypeError(
         f"{path} is a {type(value).__name__}, which cannot be saved: give it state_dict and load_state_dict, or, if "
         "nothing of it is needed to go on, a name with a leading underscore"
@@ -332,11 +331,16 @@ def digest(tensors: dict, content: str = "") -> str:
     return sha.hexdigest()
 
 
-def fingerprint(value: object) -> str:
-    """The same for the same data: whether two things are one, whatever their names are."""
+def encode(value: object) -> tuple[dict, str, str]:
+    """A value's tensors by name, the rest of it as JSON, and the digest of both."""
     tensors = {}
     content = json.dumps(pack(value, tensors, ""))
-    return digest(tensors, content)
+    return tensors, content, digest(tensors, content)
+
+
+def fingerprint(value: object) -> str:
+    """The same for the same data: whether two things are one, whatever their names are."""
+    return encode(value)[2]
 
 
 def lock(folder: Path) -> None:
@@ -349,9 +353,8 @@ def lock(folder: Path) -> None:
 
 def save_checkpoint(checkpoint: dict, path: Path) -> None:
     """Write what `pack` takes; raises TypeError for anything else, and OSError."""
-    tensors = {}
-    content = json.dumps(pack(checkpoint, tensors, ""))
-    data = safetensors.torch.save(tensors, {"content": content, "sha256": digest(tensors, content)})
+    tensors, content, sha256 = encode(checkpoint)
+    data = safetensors.torch.save(tensors, {"content": content, "sha256": sha256})
     write_whole(path, lambda temporary: temporary.write_bytes(data))
 
 
