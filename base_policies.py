@@ -18,7 +18,7 @@ import mujoco
 import numpy as np
 import torch
 
-from env_paper_square import FINGERTIPS, JOINTS, SCENE_PATH, PaperSquareVectorEnv
+from env_paper_square import JOINTS, SCENE_PATH, PaperSquareVectorEnv, kinematics
 from runs import Flags, Real, UserError, check_rows, data_of, load_checkpoint, load_module, restored
 
 CONTACT_HEIGHT = 0.009  # m, the fingertip's centre on the sheet: 1 mm of card and the fingertip's radius of 8 mm
@@ -42,8 +42,8 @@ def joints_to_rad(joints: np.ndarray) -> np.ndarray:
 
 
 def env_state_rows(env: type) -> list[str]:
-    """The rows of observation.environment_state: all that an environment observes but the joints."""
-    return [name for name in env.OBS if not name.startswith("joint_")]
+    """The rows of observation.environment_state: all that an environment observes but the joints and the last action."""
+    return [name for name in env.OBS if not name.startswith("joint_") and name != "last_action"]
 
 
 def to_lerobot(obs: np.ndarray, env: type) -> tuple[np.ndarray, np.ndarray]:
@@ -52,14 +52,14 @@ def to_lerobot(obs: np.ndarray, env: type) -> tuple[np.ndarray, np.ndarray]:
     The state is in LeRobot's units; the environment state is what the observation holds of everything but the joints,
     scaled as there, because LeRobot does not normalise it.
     """
-    state = joints_to_lerobot(env.to_si(obs)[:, env.OBS["joint_pos"]])
+    state = joints_to_lerobot(env.to_si(obs)[:, env.OBS["joint_target"]])
     environment_state = np.concatenate([obs[:, env.OBS[name]] for name in env_state_rows(env)], axis=1)
     return state.astype(np.float32), environment_state.astype(np.float32)
 
 
 def joint_targets(state: np.ndarray, env: type) -> np.ndarray:
     """Where the servos are sent, (num, 6), rad, from observations in SI units (num, obs_dim)."""
-    return state[:, env.OBS["joint_pos"]] + state[:, env.OBS["joint_target_error"]]
+    return state[:, env.OBS["joint_target"]]
 
 
 class BasePolicy:
@@ -86,36 +86,6 @@ class ZeroPolicy(BasePolicy):
 
     def __call__(self, obs: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         return np.zeros((len(obs), len(JOINTS)))
-
-
-class ArmKinematics:
-    """Position and Jacobian of the fixed fingertip for a batch of postures, from the model's own kinematic tree."""
-
-    def __init__(self):
-        model = mujoco.MjModel.from_xml_path(str(SCENE_PATH))
-        bodies = [model.joint(name).bodyid[0] for name in JOINTS[:5]]  # a chain: each the parent of the next
-        self.offsets = model.body_pos[bodies].copy()  # (5, 3), m, in the parent's frame
-        rotations = np.zeros((5, 9))
-        for rotation, body in zip(rotations, bodies, strict=True):
-            mujoco.mju_quat2Mat(rotation, model.body_quat[body])
-        self.rotations = rotations.reshape(5, 3, 3)
-        self.fingertip = model.site(FINGERTIPS[0]).pos.copy()  # (3,), m, in the frame of the last body
-
-    def __call__(self, joint_pos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Joint angles (num_envs, >= 5), rad, to fingertip (num_envs, 3), m, and Jacobian (num_envs, 3, 5), m/rad."""
-        num_envs = len(joint_pos)
-        position, rotation = np.zeros((num_envs, 3)), np.broadcast_to(np.eye(3), (num_envs, 3, 3))
-        cos, sin = np.cos(joint_pos), np.sin(joint_pos)
-        anchors, axes = np.empty((num_envs, 5, 3)), np.empty((num_envs, 5, 3))
-        for k in range(5):
-            position = position + rotation @ self.offsets[k]
-            x, y, z = np.moveaxis(rotation @ self.rotations[k], 2, 0)  # the frame's columns, (num_envs, 3) each
-            c, s = cos[:, k, None], sin[:, k, None]
-            rotation = np.stack([c * x + s * y, c * y - s * x, z], axis=2)  # turned about the local z axis
-            anchors[:, k], axes[:, k] = position, z
-        position = position + rotation @ self.fingertip
-        jacobian = np.cross(axes, position[:, None] - anchors).swapaxes(1, 2)  # a hinge: axis x lever arm
-        return position, jacobian
 
 
 def damped_step(jacobian: np.ndarray, motion: np.ndarray, damping: float) -> np.ndarray:
@@ -178,12 +148,11 @@ class JacobianIKPolicy(BasePolicy):
         self.damping, self.speed_limit = damping, speed_limit
         self.press_height = CONTACT_HEIGHT - press_depth
         self.hover_height = hover_height
-        self.kinematics = ArmKinematics()
 
     def __call__(self, obs: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         state = self.env.to_si(obs)  # (num_envs, obs_dim)
         joint_target = joint_targets(state, self.env)
-        commanded, jacobian = self.kinematics(joint_target)
+        commanded, jacobian = kinematics(joint_target)
         pitch = joint_target[:, 1:4].sum(axis=1)  # rad, about three parallel axes
 
         error = np.zeros((len(obs), 5))

@@ -42,18 +42,32 @@ TAPE_WIDTH = 0.0125  # m
 FLAT_HEIGHT = 0.01  # a corner higher than this is not on the table, m
 POLICY_HZ = 30  # steps per second
 
-# name -> (SI value at which the entry is zero, scale): centred on the start and of order one
+# Servos as others measured or identified them, from the softest to the stiffest: assets/README.md has the sources
+STIFFNESS = (14.0, 51.0)  # N.m/rad
+SERVO_FRICTION = (0.05, 0.4)  # dry, N.m
+FORCE_LIMIT = 5.0  # N, what a fingertip may press without losing reward
+SHEET_LEVER = 0.1  # m, by which an error of the sheet's corners is one of its yaw
+NOISE_STEPS = 400  # after which the noise of a longer episode repeats
+
+# What differs from episode to episode, and the numbers that each takes; new ones go to the end
+DRAWS = {"xy": 2, "yaw": 1, "friction": 2, "mass": 1, "stiffness": 6, "servo_friction": 6, "offset": 5, "delay": 1}
+DRAWS |= {"height": 1, "backlash": 1, "bias": 3, "lag": 1}
+_ends = np.cumsum(list(DRAWS.values())).tolist()
+_draw = {name: slice(end - size, end) for (name, size), end in zip(DRAWS.items(), _ends, strict=True)}
+
+# name -> (SI value at which the entry is zero, scale): centred on the start and of order one, within -5 to 5
 OBS_ROWS = {
-    "joint_pos": ([0.0, -0.14, 0.52, 1.19, 0.0, 0.3], [3.0] * 6),
-    "joint_vel": ([0.0] * 6, [5.0] * 6),
-    "joint_target_error": ([0.0] * 6, [200.0] * 6),
-    "sheet_pos": ([0.19, 0.0, 0.0], [10.0] * 3),
-    "sheet_yaw": ([0.0, 1.0], [10.0] * 2),
+    "joint_target": ([0.0, -0.14, 0.52, 1.19, 0.0, 0.3], [3.0] * 6),
+    "last_action": ([0.0] * 6, [1.0] * 6),
+    "sheet_pos": ([0.19, 0.0], [10.0] * 2),
+    "sheet_yaw": ([0.0, 1.0], [5.0, 2.5]),
+    "yaw_error": ([0.0, 1.0], [6.0, 2.5]),
     "sheet_to_square": ([0.0] * 2, [30.0] * 2),
     "fingertip_pos": ([0.19, 0.0, 0.01], [10.0, 10.0, 100.0]),
     "fingertip_to_sheet": ([0.0] * 2, [30.0] * 2),
     "tape_half_size": ([0.08], [50.0]),
     "hold_counter": ([0.0], [0.5]),
+    "joint_measured": ([0.0, -0.14, 0.52, 1.19, 0.0, 0.3], [3.0] * 6),
 }
 OBS_ZERO = np.concatenate([zero for zero, _ in OBS_ROWS.values()])
 OBS_SCALE = np.concatenate([scale for _, scale in OBS_ROWS.values()])
@@ -74,7 +88,7 @@ class EnvArgs(Flags):
     tape_half_size: Real[0.001, 1] = 0.08
     """half the inside width of the tape square, m"""
     randomize: bool = True
-    """randomise the sheet's pose, friction and mass at every reset (evaluations always do)"""
+    """randomise all that follows at every reset (evaluations always do)"""
     randomize_xy: Real[0, 1] = 0.05
     """largest offset of the sheet's start in x and y, m"""
     randomize_yaw: Real[0, 6.2832] = 0.3
@@ -83,6 +97,30 @@ class EnvArgs(Flags):
     """largest relative change of the friction coefficients"""
     randomize_mass: Real[0, 0.99] = 0.1
     """largest relative change of the sheet's mass"""
+    randomize_arm: bool = True
+    """randomise all that follows, the arm and how it is seen, too; off: the nominal arm, prompt and exact"""
+    randomize_stiffness: Real[0, 1] = 1.0
+    """share of the range from 14 to 51 N.m/rad that the stiffness of each servo is drawn from; 0: as identified"""
+    randomize_servo_friction: Real[0, 1] = 1.0
+    """share of the range from 0.05 to 0.4 N.m that the dry friction of each servo is drawn from; 0: as identified"""
+    randomize_offset: Real[0, 0.2] = 0.0175
+    """largest error of a joint's zero, rad"""
+    randomize_delay: Whole[0, 30] = 3
+    """most policy steps by which actions reach the servos late"""
+    randomize_height: Real[0, 0.015] = 0.002
+    """largest error of the table's height under the arm, m"""
+    randomize_backlash: Real[0, 0.1] = 0.0087
+    """largest play of the gears, either way, rad"""
+    randomize_bias: Real[0, 0.05] = 0.001
+    """largest error, all episode long, of where the sheet is seen, m; of its yaw as if at a lever of 0.1 m"""
+    randomize_noise: Real[0, 0.05] = 0.0003
+    """standard deviation of where the sheet is seen at each step, m; of its yaw as if at a lever of 0.1 m"""
+    randomize_lag: Whole[0, 30] = 3
+    """most policy steps by which the sheet is seen late"""
+    encoder_tick: Real[0, 0.1] = 0.001534
+    """what the servos resolve of joint angles, a 4096th of a turn, rad; part of randomize_arm; 0: all"""
+    observe_measured: bool = False
+    """fill the rows joint_measured of the observation, which policies that LeRobot trained need; else they are 0"""
     success_weight: Real[-1e4, 1e4] = 10.0
     """reward, once, for a success"""
     distance_weight: Real[-1e4, 1e4] = -2.0
@@ -93,6 +131,8 @@ class EnvArgs(Flags):
     """reward each step"""
     reach_weight: Real[-1e4, 1e4] = 0.0
     """reward per m between the fingertip and the sheet's centre, each step; negative draws the finger to the sheet"""
+    force_weight: Real[-1e4, 1e4] = 0.0
+    """reward per N by which a fingertip presses harder than 5 N, each step"""
     num_threads: Whole[0, 1024] = 0
     """threads that step the physics; 0 takes all cores"""
 
@@ -124,6 +164,84 @@ def room(yaw_error: np.ndarray, tape_half_size: float) -> np.ndarray:
     cos, sin = np.cos(yaw_error), np.sin(yaw_error)  # yaw_error in [0, pi / 4]
     long, short = SHEET_HALF_SIZE
     return tape_half_size - np.stack([long * cos + short * sin, long * sin + short * cos], axis=-1)
+
+
+class ArmKinematics:
+    """Position and Jacobian of the fixed fingertip for a batch of postures, from the model's own kinematic tree."""
+
+    def __init__(self):
+        model = mujoco.MjModel.from_xml_path(str(SCENE_PATH))
+        bodies = [model.joint(name).bodyid[0] for name in JOINTS[:5]]  # a chain: each the parent of the next
+        self.offsets = model.body_pos[bodies].copy()  # (5, 3), m, in the parent's frame
+        rotations = np.zeros((5, 9))
+        for rotation, body in zip(rotations, bodies, strict=True):
+            mujoco.mju_quat2Mat(rotation, model.body_quat[body])
+        self.rotations = rotations.reshape(5, 3, 3)
+        self.fingertip = model.site(FINGERTIPS[0]).pos.copy()  # (3,), m, in the frame of the last body
+
+    def __call__(self, joint_pos: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Joint angles (num_envs, >= 5), rad, to fingertip (num_envs, 3), m, and Jacobian (num_envs, 3, 5), m/rad."""
+        num_envs = len(joint_pos)
+        position, rotation = np.zeros((num_envs, 3)), np.broadcast_to(np.eye(3), (num_envs, 3, 3))
+        cos, sin = np.cos(joint_pos), np.sin(joint_pos)
+        anchors, axes = np.empty((num_envs, 5, 3)), np.empty((num_envs, 5, 3))
+        for k in range(5):
+            position = position + rotation @ self.offsets[k]
+            x, y, z = np.moveaxis(rotation @ self.rotations[k], 2, 0)  # the frame's columns, (num_envs, 3) each
+            c, s = cos[:, k, None], sin[:, k, None]
+            rotation = np.stack([c * x + s * y, c * y - s * x, z], axis=2)  # turned about the local z axis
+            anchors[:, k], axes[:, k] = position, z
+        position = position + rotation @ self.fingertip
+        jacobian = np.cross(axes, position[:, None] - anchors).swapaxes(1, 2)  # a hinge: axis x lever arm
+        return position, jacobian
+
+
+kinematics = ArmKinematics()
+
+
+def is_inside(sheet_pose: np.ndarray, tape_half_size: np.ndarray) -> np.ndarray:
+    """Whether all corners of a sheet with the pose (num_envs, 3), m, m, rad, lie inside the tape, (num_envs,) bool."""
+    cos, sin = np.abs(np.cos(sheet_pose[:, 2])), np.abs(np.sin(sheet_pose[:, 2]))
+    long, short = SHEET_HALF_SIZE
+    extent = np.stack([long * cos + short * sin, long * sin + short * cos], axis=1)  # half, in x and y
+    return (np.abs(sheet_pose[:, :2] - SQUARE_POS) + extent).max(axis=1) <= tape_half_size
+
+
+def make_observation(
+    joint_target: np.ndarray,
+    last_action: np.ndarray,
+    sheet_pose: np.ndarray,
+    tape_half_size: np.ndarray,
+    hold_counter: np.ndarray,
+    joint_measured: np.ndarray | None = None,
+) -> np.ndarray:
+    """The observation, (num_envs, obs_dim) float32, of what is known of a simulated arm and of one on a desk alike.
+
+    Args: `joint_target` (num_envs, 6), where the servos were sent last, rad; `last_action` (num_envs, 6), clipped;
+    `sheet_pose` (num_envs, 3) as it is seen, x, y, yaw, m and rad; `tape_half_size` (num_envs,), m; `hold_counter`
+    (num_envs,), how many times in a row the sheet was seen inside; `joint_measured` (num_envs, 6), rad, if known.
+    """
+    xy, yaw = sheet_pose[:, :2], sheet_pose[:, 2]
+    fingertip, _ = kinematics(joint_target)
+    quarter = np.pi / 2
+    state = np.concatenate(
+        [
+            joint_target,
+            last_action,
+            xy,
+            np.stack([np.sin(yaw), np.cos(yaw), yaw - quarter * np.round(yaw / quarter), np.cos(4.0 * yaw)], axis=1),
+            SQUARE_POS - xy,
+            fingertip,
+            xy - fingertip[:, :2],
+            tape_half_size[:, None],
+            hold_counter[:, None],
+            np.broadcast_to(OBS_ZERO[OBS["joint_measured"]], joint_target.shape)
+            if joint_measured is None
+            else joint_measured,
+        ],
+        axis=1,
+    )
+    return ((state - OBS_ZERO) * OBS_SCALE).astype(np.float32)
 
 
 class PaperSquareVectorEnv(VectorEnv):
@@ -221,11 +339,25 @@ class PaperSquareVectorEnv(VectorEnv):
         orientation_weight: float = -0.1,
         time_weight: float = -0.01,
         reach_weight: float = 0.0,
+        force_weight: float = 0.0,
         randomize: bool = True,
         randomize_xy: float = 0.05,
         randomize_yaw: float = 0.3,
         randomize_friction: float = 0.2,
         randomize_mass: float = 0.1,
+        randomize_arm: bool = True,
+        randomize_stiffness: float = 1.0,
+        randomize_servo_friction: float = 1.0,
+        randomize_offset: float = 0.0175,
+        randomize_delay: int = 3,
+        randomize_height: float = 0.002,
+        randomize_backlash: float = 0.0087,
+        randomize_bias: float = 0.001,
+        randomize_noise: float = 0.0003,
+        randomize_lag: int = 3,
+        encoder_tick: float = 0.001534,
+        observe_measured: bool = False,
+        fixed: dict | None = None,
         physics_hz: int = 360,
         control_hz: int = 180,
         policy_hz: int = POLICY_HZ,
@@ -259,9 +391,13 @@ class PaperSquareVectorEnv(VectorEnv):
         self.orientation_weight = orientation_weight
         self.time_weight = time_weight
         self.reach_weight = reach_weight
-        self.randomize_scales = np.array(
-            [randomize_xy, randomize_xy, randomize_yaw, randomize_friction, randomize_friction, randomize_mass]
-        ) * float(randomize)
+        self.force_weight = force_weight
+        arm = randomize and randomize_arm
+        self.scales = {
+            name: arguments[f"randomize_{name}"] * (arm or (randomize and k < 4)) for k, name in enumerate(DRAWS)
+        }
+        self.noise, self.encoder_tick = randomize_noise * arm, encoder_tick * arm
+        self.observe_measured, self.fixed = observe_measured, fixed or {}
         self.control_ticks = control_hz // policy_hz
         self.physics_steps = physics_hz // control_hz
         self.autoreset_mode = AutoresetMode(autoreset_mode)
@@ -293,6 +429,9 @@ class PaperSquareVectorEnv(VectorEnv):
         self._sheet_pair = self.model.pair("sheet_table").id
         self._finger_pairs = [self.model.pair(f"{finger}_sheet").id for finger in FINGERTIPS]
         self.ctrl_low, self.ctrl_high = self.model.actuator_ctrlrange.T.copy()  # (6,), rad
+        self._base = self.model.body("base").id
+        self._body_pos, self._frictionloss = self.batch.expand("body_pos"), self.batch.expand("dof_frictionloss")
+        self._gainprm, self._biasprm = self.batch.expand("actuator_gainprm"), self.batch.expand("actuator_biasprm")
         self._home_qpos, self._home_ctrl = self.model.key("home").qpos, self.model.key("home").ctrl
 
         # Live arrays over the simulations' states, current after every call
@@ -302,9 +441,16 @@ class PaperSquareVectorEnv(VectorEnv):
 
         self._rngs: list[np.random.Generator | None] = [None] * num_envs
         self.paused = np.zeros(num_envs, dtype=bool)  # set an entry, and that environment costs and does nothing
-        self._joint_target = np.zeros((num_envs, 6))
+        self.drawn = {name: np.zeros((num_envs, size)) for name, size in DRAWS.items()}  # of each episode, SI
+        self._noise = np.zeros((num_envs, NOISE_STEPS, 3), dtype=np.float32)  # standard normal
+        self.joint_target, self._last_action = np.zeros((num_envs, 6)), np.zeros((num_envs, 6))
+        steps = {name: 1 + int(max(self.scales[name], self.fixed.get(name, 0))) for name in ("delay", "lag")}
+        self._targets = np.zeros((num_envs, steps["delay"], 6))  # the last joint targets, newest first
+        self._command = np.zeros((num_envs, 6))  # where the links are sent, rad
+        self._poses = np.zeros((num_envs, steps["lag"], 3))  # the last poses of the sheet, newest first
         self._tape_half_size = np.zeros(num_envs)
-        self._hold_counter = np.zeros(num_envs, dtype=np.int64)
+        self.hold_counter = np.zeros(num_envs, dtype=np.int64)
+        self._seen_inside = np.zeros(num_envs, dtype=np.int64)  # as the hold counter, of the sheet as it is seen
         self._episode_steps = np.zeros(num_envs, dtype=np.int64)
         self._ended = np.zeros(num_envs, dtype=bool)  # of NEXT_STEP: what the coming step starts anew
         self._renderer = self._viewer = self._scene = self._scene_data = None
@@ -340,9 +486,8 @@ class PaperSquareVectorEnv(VectorEnv):
         self._start_episodes(np.flatnonzero(mask))
         self._episode_steps[mask] = episode_steps[mask]
         self._ended[mask] = False
-        long_axis, _ = self._sheet_axes()
-        infos = self._state_info(long_axis)
-        return self._observe(long_axis), {**infos, **{f"_{key}": mask.copy() for key in infos}}
+        infos = self._state_info()
+        return self._observe(), {**infos, **{f"_{key}": mask.copy() for key in infos}}
 
     def step(self, actions: np.ndarray):
         """Advance every environment by one policy step.
@@ -360,11 +505,12 @@ class PaperSquareVectorEnv(VectorEnv):
         if fresh.any():  # of NEXT_STEP: their step is the reset
             self._start_episodes(np.flatnonzero(fresh))
             actions = np.where(fresh[:, None], 0.0, actions)
-        previous = self._joint_target
-        self._joint_target = np.clip(
-            previous + self.act_scale * np.clip(actions, -1.0, 1.0), self.ctrl_low, self.ctrl_high
-        )
-        change = self._joint_target - previous
+        self._last_action = np.clip(actions, -1.0, 1.0)
+        target = self.joint_target + self.act_scale * self._last_action
+        self.joint_target = np.clip(target, self.ctrl_low, self.ctrl_high)
+        previous = self._command
+        self._send()
+        change = self._command - previous
         before, ids = self.batch.state.copy(), np.flatnonzero(~self.paused & ~fresh)
         for start in range(0, len(ids), self._block):
             some = ids[start : start + self._block]
@@ -378,16 +524,16 @@ class PaperSquareVectorEnv(VectorEnv):
             self.batch.state[diverged] = before[diverged]
             self.batch.forward(np.flatnonzero(diverged), mujoco.mjtStage.mjSTAGE_VEL.value)
 
-        axes = self._sheet_axes()
-        inside = self._is_inside(*axes)
-        self._hold_counter = np.where(inside & ~diverged & ~fresh, self._hold_counter + 1, 0)
-        terminations = self._hold_counter >= self.hold_steps
+        inside = is_inside(self.sheet_pose, self._tape_half_size) & self._is_flat()
+        self.hold_counter = np.where(inside & ~diverged & ~fresh, self.hold_counter + 1, 0)
+        self._see(~fresh)
+        terminations = self.hold_counter >= self.hold_steps
         truncations = ~terminations & (diverged | (self._episode_steps >= self.max_episode_steps))
-        infos = {**self._state_info(axes[0]), "physics_reset": diverged}
+        infos = {**self._state_info(), "physics_reset": diverged}
         terms = {name: np.where(fresh, 0.0, term) for name, term in self._reward_terms(infos).items()}
         rewards = np.sum(list(terms.values()), axis=0)
         infos |= {f"reward/{name}": value for name, value in terms.items()}
-        observations = self._observe(axes[0])
+        observations = self._observe()
         if self.render_mode == "human":
             self.render()
 
@@ -399,8 +545,7 @@ class PaperSquareVectorEnv(VectorEnv):
             for i in np.flatnonzero(done):
                 final_obs[i] = observations[i]
             self._start_episodes(np.flatnonzero(done))
-            long_axis, _ = self._sheet_axes()
-            observations, fresh = self._observe(long_axis), self._state_info(long_axis)
+            observations, fresh = self._observe(), self._state_info()
             infos = {key: np.where(done, fresh.get(key, np.zeros_like(v)), v) for key, v in infos.items()}
             masks = {f"_{key}": np.ones_like(done) if key in fresh else ~done for key in infos}
             final_info |= {f"_{key}": done.copy() for key in final_info}
@@ -482,6 +627,7 @@ class PaperSquareVectorEnv(VectorEnv):
             geom = self._scene.geom(f"tape_{name}")
             geom.pos[:2] = x * middle, y * middle
             geom.size[:2] = (TAPE_WIDTH / 2, outer) if x else (inner, TAPE_WIDTH / 2)
+        self._scene.body("base").pos[:] = self._body_pos[index, self._base]
         self._scene_data.qpos[:] = self._qpos[index]
         mujoco.mj_forward(self._scene, self._scene_data)
 
@@ -492,76 +638,124 @@ class PaperSquareVectorEnv(VectorEnv):
             self._close_viewer()
         self._renderer = self._viewer = None
 
+    def _draw(self, ids: np.ndarray) -> None:
+        """Draw what differs from episode to episode for the environments `ids`, whose generators give the same numbers
+        whatever the scales."""
+        size = sum(DRAWS.values())
+        uniform = np.stack([self._rngs[i].uniform(-1.0, 1.0, size) for i in ids])
+        self._noise[ids] = [self._rngs[i].standard_normal(self._noise.shape[1:], dtype=np.float32) for i in ids]
+        unit = {name: uniform[:, part] for name, part in _draw.items()}
+        drawn = {name: self.scales[name] * values for name, values in unit.items()}
+        drawn |= {name: 1.0 + drawn[name] for name in ("friction", "mass")}  # times nominal
+        drawn |= {name: np.floor((unit[name] + 1) / 2 * (self.scales[name] + 1)) for name in ("delay", "lag")}
+        drawn["backlash"] = self.scales["backlash"] * (unit["backlash"] + 1) / 2
+        drawn["bias"] = drawn["bias"] / [1.0, 1.0, SHEET_LEVER]
+        for name, (low, high), nominal in (
+            ("stiffness", STIFFNESS, self.model.actuator_gainprm[:, 0]),
+            ("servo_friction", SERVO_FRICTION, self.model.dof_frictionloss[:6]),
+        ):
+            anywhere = low * (high / low) ** ((unit[name] + 1) / 2)
+            drawn[name] = nominal * (anywhere / nominal) ** self.scales[name]
+        for name, values in drawn.items():
+            self.drawn[name][ids] = self.fixed.get(name, values)
+
     def _start_episodes(self, ids: np.ndarray) -> None:
-        """Draw new episodes for the environments `ids`."""
-        draws = np.stack([self._rngs[i].uniform(-1.0, 1.0, 6) for i in ids]) * self.randomize_scales  # (ids, 6)
-        xy, yaw, friction_table, friction_finger, mass = draws[:, :2], *draws[:, 2:].T
+        """Begin new episodes in the environments `ids`."""
+        self._draw(ids)
+        drawn = {name: values[ids] for name, values in self.drawn.items()}
         nominal = self.model.pair_friction
-        self.pair_friction[ids, self._sheet_pair] = nominal[self._sheet_pair] * (1.0 + friction_table)[:, None]
+        self.pair_friction[ids, self._sheet_pair] = nominal[self._sheet_pair] * drawn["friction"][:, :1]
         for pair in self._finger_pairs:
-            self.pair_friction[ids, pair] = nominal[pair] * (1.0 + friction_finger)[:, None]
-        self._body_mass[ids, self._sheet] = self.model.body_mass[self._sheet] * (1.0 + mass)
-        self._body_inertia[ids, self._sheet] = self.model.body_inertia[self._sheet] * (1.0 + mass)[:, None]
+            self.pair_friction[ids, pair] = nominal[pair] * drawn["friction"][:, 1:]
+        self._body_mass[ids, self._sheet] = self.model.body_mass[self._sheet] * drawn["mass"][:, 0]
+        self._body_inertia[ids, self._sheet] = self.model.body_inertia[self._sheet] * drawn["mass"]
+        stiffness = drawn["stiffness"] / self.model.actuator_gainprm[:, 0]  # times nominal; the damping goes with it
+        self._gainprm[ids, :, 0] = drawn["stiffness"]
+        self._biasprm[ids, :, 1:3] = self.model.actuator_biasprm[:, 1:3] * stiffness[:, :, None]
+        self._frictionloss[ids, :6] = drawn["servo_friction"]
+        self._body_pos[ids, self._base, 2] = self.model.body_pos[self._base, 2] - drawn["height"][:, 0]
         self.batch.set_const(ids)  # what MuJoCo derives from the masses
         self.batch.reset(ids, stage=mujoco.mjtStage.mjSTAGE_NONE.value)
+        yaw = drawn["yaw"][:, 0]
         self._qpos[ids] = self._home_qpos
-        self._qpos[ids, 6:8] += xy
+        self._qpos[ids, :5] += drawn["offset"]
+        self._qpos[ids, 6:8] += drawn["xy"]
         self._qpos[ids, 9], self._qpos[ids, 12] = np.cos(yaw / 2.0), np.sin(yaw / 2.0)
-        self._ctrl[ids] = self._joint_target[ids] = self._home_ctrl
+        self._ctrl[ids] = self._command[ids] = self._qpos[ids, :6]
+        self.joint_target[ids], self._last_action[ids] = self._home_ctrl, 0.0
+        self._targets[ids] = self._home_ctrl
         self.batch.forward(ids, mujoco.mjtStage.mjSTAGE_VEL.value)
+        self._poses[ids] = self.sheet_pose[ids, None]
         self._tape_half_size[ids] = self.tape_half_size
-        self._hold_counter[ids] = self._episode_steps[ids] = 0
+        self.hold_counter[ids] = self._seen_inside[ids] = self._episode_steps[ids] = 0
 
-    def _sheet_axes(self) -> tuple[np.ndarray, np.ndarray]:
-        """The sheet's long and short axis in the world, (num_envs, 3) each."""
+    def _send(self) -> None:
+        """What the links get of the joint targets: late, in whole ticks, off by the joints' zeros, less the play."""
+        self._targets[:, 1:] = self._targets[:, :-1].copy()
+        self._targets[:, 0] = self.joint_target
+        late = self._targets[np.arange(self.num_envs), self.drawn["delay"][:, 0].astype(int)]
+        wanted = self._in_ticks(late)
+        wanted[:, :5] += self.drawn["offset"]
+        self._command = np.clip(self._command, wanted - self.drawn["backlash"], wanted + self.drawn["backlash"])
+
+    def _in_ticks(self, angles: np.ndarray) -> np.ndarray:
+        return np.floor(angles / self.encoder_tick) * self.encoder_tick if self.encoder_tick else angles.copy()
+
+    def _see(self, stepped: np.ndarray) -> None:
+        """Take in where the sheet is, of the environments in the mask, for `seen_pose` to tell of it in time."""
+        self._poses[:, 1:] = self._poses[:, :-1].copy()
+        self._poses[:, 0] = self.sheet_pose
+        seen = is_inside(self.seen_pose, self._tape_half_size)
+        self._seen_inside = np.where(seen & stepped, self._seen_inside + 1, 0)
+
+    @property
+    def sheet_pose(self) -> np.ndarray:
+        """Where the sheet is: x, y, yaw, (num_envs, 3), m and rad."""
         w, x, y, z = self._qpos[:, 9:13].T
-        long_axis = np.stack([1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y)], axis=1)
-        short_axis = np.stack([2 * (x * y - w * z), 1 - 2 * (x * x + z * z), 2 * (y * z + w * x)], axis=1)
-        return long_axis, short_axis
+        yaw = np.arctan2(2 * (x * y + w * z), 1 - 2 * (y * y + z * z))
+        return np.concatenate([self._qpos[:, 6:8], yaw[:, None]], axis=1)
 
-    def _is_inside(self, long_axis: np.ndarray, short_axis: np.ndarray) -> np.ndarray:
-        """Whether all four corners lie on the table inside the tape, (num_envs,) bool."""
-        a, b = SHEET_HALF_SIZE[0] * long_axis, SHEET_HALF_SIZE[1] * short_axis
-        corners = self._qpos[:, None, 6:9] + np.stack([a + b, a - b, -a + b, -a - b], axis=1)  # (num_envs, 4, 3)
-        offset = np.abs(corners[:, :, :2] - SQUARE_POS).max(axis=(1, 2))
-        return (offset <= self._tape_half_size) & (corners[:, :, 2].max(axis=1) < FLAT_HEIGHT)
+    @property
+    def seen_pose(self) -> np.ndarray:
+        """Where the sheet is seen, late and not quite there: x, y, yaw, (num_envs, 3), m and rad."""
+        every = np.arange(self.num_envs)
+        noise = self._noise[every, self._episode_steps % NOISE_STEPS] * (self.noise / np.array([1.0, 1.0, SHEET_LEVER]))
+        return self._poses[every, self.drawn["lag"][:, 0].astype(int)] + self.drawn["bias"] + noise
 
-    def _state_info(self, long_axis: np.ndarray) -> dict[str, np.ndarray]:
-        yaw = np.arctan2(long_axis[:, 1], long_axis[:, 0])
-        quarter = np.pi / 2
+    @property
+    def joint_measured(self) -> np.ndarray:
+        """Joint angles as the servos report them, (num_envs, 6), rad: off by their zeros, in whole ticks."""
+        angles = self._qpos[:, :6].copy()
+        angles[:, :5] -= self.drawn["offset"]
+        return self._in_ticks(angles)
+
+    def _is_flat(self) -> np.ndarray:
+        """Whether no corner of the sheet is off the table, (num_envs,) bool."""
+        w, x, y, z = self._qpos[:, 9:13].T
+        rise = SHEET_HALF_SIZE[0] * np.abs(2 * (x * z - w * y)) + SHEET_HALF_SIZE[1] * np.abs(2 * (y * z + w * x))
+        return self._qpos[:, 8] + rise < FLAT_HEIGHT
+
+    def _state_info(self) -> dict[str, np.ndarray]:
+        pose, quarter = self.sheet_pose, np.pi / 2
         return {
-            "is_success": self._hold_counter >= self.hold_steps,
-            "dist_to_goal": np.linalg.norm(self._qpos[:, 6:8] - SQUARE_POS, axis=1),
-            "orientation_error": np.abs(yaw - quarter * np.round(yaw / quarter)),
+            "is_success": self.hold_counter >= self.hold_steps,
+            "dist_to_goal": np.linalg.norm(pose[:, :2] - SQUARE_POS, axis=1),
+            "orientation_error": np.abs(pose[:, 2] - quarter * np.round(pose[:, 2] / quarter)),
         }
 
     def _reward_terms(self, infos: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {
-            "success": self.success_weight * (self._hold_counter == self.hold_steps),  # once
+            "success": self.success_weight * (self.hold_counter == self.hold_steps),  # once
             "distance": self.distance_weight * infos["dist_to_goal"],
             "orientation": self.orientation_weight * infos["orientation_error"],
             "time": np.full(self.num_envs, self.time_weight),
             "reach": self.reach_weight * np.linalg.norm(self._fingertip - self._qpos[:, 6:9], axis=1),
+            "force": self.force_weight * np.maximum(self.fingertip_force.max(axis=1) - FORCE_LIMIT, 0.0),
         }
 
-    def _observe(self, long_axis: np.ndarray) -> np.ndarray:
-        norm = np.maximum(np.hypot(long_axis[:, 0], long_axis[:, 1]), 1e-9)
-        state = np.concatenate(
-            [
-                self._qpos[:, :6],
-                self._qvel[:, :6],
-                self._joint_target - self._qpos[:, :6],
-                self._qpos[:, 6:9],
-                long_axis[:, 1::-1] / norm[:, None],  # sine, cosine
-                SQUARE_POS - self._qpos[:, 6:8],
-                self._fingertip,
-                self._qpos[:, 6:8] - self._fingertip[:, :2],
-                self._tape_half_size[:, None],
-                self._hold_counter[:, None],
-            ],
-            axis=1,
-        )
-        return ((state - OBS_ZERO) * OBS_SCALE).astype(np.float32)
+    def _observe(self) -> np.ndarray:
+        known = self.joint_target, self._last_action, self.seen_pose, self._tape_half_size, self._seen_inside
+        return make_observation(*known, self.joint_measured if self.observe_measured else None)
 
 
 class PaperSquareEnv(gym.Env):

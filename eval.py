@@ -205,7 +205,6 @@ def play_episodes(
     num_envs = min(num_envs, len(seeds))
     extra = Disturbance(*disturbance)
     envs = task(num_envs, autoreset_mode=AutoresetMode.DISABLED, **extra.env_kwargs)
-    to_si, rows = envs.to_si, envs.OBS
     extra.start(envs)
     names = ("success", "return", "length", "final_distance_m", "final_yaw_error_rad", "residual_norm")
     facts = ("moved_m", "reach_m", "approach_m", "was_inside", "inside")  # what tells the failures apart
@@ -217,7 +216,7 @@ def play_episodes(
     active = np.ones(num_envs, dtype=bool)
     waiting = num_envs  # the next episode to start
     obs, _ = envs.reset(seed=[int(seed) for seed in seeds[:num_envs]])
-    start = to_si(obs)[:, rows["sheet_pos"]]
+    start = envs.sheet_pose[:, :2]
     policy.reset(active)
     extra.reset(active, seeds)
     bar = tqdm(total=len(seeds), desc=progress, unit="ep", leave=False, disable=not progress)
@@ -232,9 +231,8 @@ def play_episodes(
             episodes["residual_norm"][now] += norms
             np.add.at(norm_sums, episodes["length"][now].astype(int) - 1, norms)
         forces.append(envs.fingertip_force[active & (envs.fingertip_force.max(axis=1) > 0)].max(axis=1))
-        state = to_si(obs)
-        sheet, inside = state[:, rows["sheet_pos"]], state[:, rows["hold_counter"]][:, 0] > 0
-        moved = np.linalg.norm((sheet - start)[:, :2], axis=1)
+        sheet, inside = envs.sheet_pose[:, :2], envs.hold_counter > 0
+        moved = np.linalg.norm(sheet - start, axis=1)
         episodes["moved_m"][now] = np.maximum(episodes["moved_m"][now], moved[active])
         episodes["was_inside"][now] = np.maximum(episodes["was_inside"][now], inside[active])
         distances.append(infos["dist_to_goal"])
@@ -248,7 +246,7 @@ def play_episodes(
         episodes["final_distance_m"][over] = infos["dist_to_goal"][ended]
         episodes["final_yaw_error_rad"][over] = infos["orientation_error"][ended]
         episodes["inside"][over] = inside[ended]
-        episodes["reach_m"][over] = np.linalg.norm(sheet[ended, :2] - ARM_AXIS, axis=1)
+        episodes["reach_m"][over] = np.linalg.norm(sheet[ended] - ARM_AXIS, axis=1)
         back = np.minimum(episodes["length"][over].astype(int), len(distances))  # no farther than the episode goes
         episodes["approach_m"][over] = np.stack(distances)[-back, ended] - infos["dist_to_goal"][ended]
         restarted = ended[: len(seeds) - waiting]
@@ -259,7 +257,7 @@ def play_episodes(
             waiting += len(restarted)
             mask = np.isin(np.arange(num_envs), restarted)
             obs, _ = envs.reset(seed=[int(seeds[k]) for k in playing], options={"reset_mask": mask})
-            start[mask] = to_si(obs)[mask, rows["sheet_pos"]]
+            start[mask] = envs.sheet_pose[mask, :2]
             policy.reset(mask)
             extra.reset(mask, [seeds[k] for k in playing])
     bar.close()
