@@ -8,6 +8,7 @@ The policy is a base to be lifted: python ppo_residual.py --base-policy il --il-
 
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -37,8 +38,10 @@ class Args(RunArgs):
     """folder of the demonstrations, a LeRobotDataset v3.0"""
     num_demos: Whole[0, 10**6] = 0
     """train on the first so many episodes of it; 0 takes all"""
+    joints: Literal["commanded", "measured"] = "commanded"
+    """joints that the network sees: where they were sent, or where the servos say they are"""
     relative_actions: bool = True
-    """predict joint targets relative to the measured joints, which are small; off: absolute ones, as LeRobot does"""
+    """predict joint targets relative to the joints, which are small; off: absolute ones, as LeRobot does"""
 
     # Imitation
     train_steps: Whole[1, 10**8] = 2000
@@ -99,7 +102,7 @@ class Normalizer(nn.Module):
             self.register_buffer(f"{name}_std", torch.ones(size))
 
     def fit(self, state, environment_state, chunks, mask):
-        """Take the statistics of observations (N, 6), (N, 14) and of what the mask (N, chunk_size) leaves of chunks."""
+        """Take the statistics of observations (N, 6), (N, 15) and of what the mask (N, chunk_size) leaves of chunks."""
         actions = (chunks - state[:, None] * self.relative_actions)[mask]
         for name, x in (("state", state), ("environment_state", environment_state), ("action", actions)):
             std = x.std(0, correction=0)
@@ -108,13 +111,13 @@ class Normalizer(nn.Module):
             getattr(self, f"{name}_mean").copy_(x.mean(0))
 
     def observation(self, state, environment_state):
-        """Normalised (n, 6) and (n, 14); clamped, because a residual takes its base where no demonstration has been."""
+        """Normalised (n, 6) and (n, 15); clamped, because a residual takes its base where no demonstration has been."""
         state = (state - self.state_mean) / self.state_std
         environment_state = (environment_state - self.environment_state_mean) / self.environment_state_std
         return state.clamp(-5.0, 5.0), environment_state.clamp(-5.0, 5.0)
 
     def normalize(self, chunks, state):
-        """Chunks (n, chunk_size, 6) of absolute joint targets as the network predicts them, at the measured joints."""
+        """Chunks (n, chunk_size, 6) of absolute joint targets as the network predicts them, at the joints."""
         return (chunks - state[:, None] * self.relative_actions - self.action_mean) / self.action_std
 
     def unnormalize(self, chunks, state):
@@ -226,7 +229,10 @@ if __name__ == "__main__":
     torch.set_num_threads(args.torch_threads)
 
     env, env_kwargs = load_task(args.dataset)  # it is judged by the task that was demonstrated
-    demos = {key: torch.tensor(rows) for key, rows in load_demos(args.dataset, args.num_demos, env).items()}
+    env_kwargs["observe_measured"] = args.joints == "measured"
+    demos = {
+        key: torch.tensor(rows) for key, rows in load_demos(args.dataset, args.num_demos, env, args.joints).items()
+    }
     sizes = {key: demos[key].shape[1] for key in ("state", "environment_state", "action")}
     network = Network(args, sizes)
     frames = make_frames(demos, network, args.chunk_size)

@@ -42,17 +42,18 @@ def joints_to_rad(joints: np.ndarray) -> np.ndarray:
 
 
 def env_state_rows(env: type) -> list[str]:
-    """The rows of observation.environment_state: all that an environment observes but the joints and the last action."""
+    """The rows of observation.environment_state: all that an environment observes but joints and last action."""
     return [name for name in env.OBS if not name.startswith("joint_") and name != "last_action"]
 
 
-def to_lerobot(obs: np.ndarray, env: type) -> tuple[np.ndarray, np.ndarray]:
-    """Observations (num, obs_dim) as a dataset has them: state (num, 6) and environment_state (num, 14), float32.
+def to_lerobot(obs: np.ndarray, env: type, measured: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Observations (num, obs_dim) as an imitator sees them: state (num, 6), environment_state (num, 15), float32.
 
-    The state is in LeRobot's units; the environment state is what the observation holds of everything but the joints,
-    scaled as there, because LeRobot does not normalise it.
+    The state, in LeRobot's units, is where the joints were sent or, if `measured`, where they are said to be; the
+    environment state is what the observation holds of everything else, scaled as there, because LeRobot does not
+    normalise it.
     """
-    state = joints_to_lerobot(env.to_si(obs)[:, env.OBS["joint_target"]])
+    state = joints_to_lerobot(env.to_si(obs)[:, env.OBS["joint_measured" if measured else "joint_target"]])
     environment_state = np.concatenate([obs[:, env.OBS[name]] for name in env_state_rows(env)], axis=1)
     return state.astype(np.float32), environment_state.astype(np.float32)
 
@@ -91,7 +92,7 @@ class ZeroPolicy(BasePolicy):
 def damped_step(jacobian: np.ndarray, motion: np.ndarray, damping: float) -> np.ndarray:
     """Joint steps (num, 5), rad, for `motion` (num, 5): fingertip, m, the fingers' pitch and their heading, rad.
 
-    Damped least squares, `damping` in m; jacobian (num, 3, 5), m/rad, as `ArmKinematics` has it.
+    Damped least squares, `damping` in m; jacobian (num, 3, 5), m/rad, as `kinematics` has it.
     """
     rows = np.zeros((len(motion), 5, 5))  # task by joint
     rows[:, :3] = jacobian
@@ -141,7 +142,7 @@ class JacobianIKPolicy(BasePolicy):
         gain: float = 0.5,
         damping: float = 0.01,
         speed_limit: float = 0.01,
-        press_depth: float = 0.0015,
+        press_depth: float = 0.004,
         hover_height: float = 0.025,
     ):
         self.env, self.act_scale, self.gain = env, act_scale, gain
@@ -194,8 +195,8 @@ class FrozenILPolicy(BasePolicy):
     and the target is the mean of all chunks' predictions for that step, weighted by exp(-m i), the oldest being i = 0.
 
     Args: `checkpoint`, what `load_il` returns; `env` (the environment's class, whose observation it reads); `act_scale`
-    (rad per step, as the environment's); `device` of the network. Raises UserError if the parts do not fit, and, with a
-    hint, if a LeRobot folder meets no lerobot: never a zero policy.
+    (rad per step, as the environment's); `device` of the network; `observe_measured`, as the environment's. Raises
+    UserError if the parts do not fit, and, with a hint, if a LeRobot folder meets no lerobot: never a zero policy.
     """
 
     def __init__(
@@ -204,6 +205,7 @@ class FrozenILPolicy(BasePolicy):
         env: type = PaperSquareVectorEnv,
         act_scale: float = 0.02,
         device: torch.device | str = "cpu",
+        observe_measured: bool = True,
     ):
         self.checkpoint, self.env, self.act_scale, self.device = checkpoint, env, act_scale, device
         if "env" in checkpoint:  # a LeRobot folder does not say
@@ -213,7 +215,10 @@ class FrozenILPolicy(BasePolicy):
             self.network = script.make_network(checkpoint).to(device)
         except KeyError as error:  # the state of a run, say
             raise UserError(f"this is not a policy's checkpoint of {checkpoint['script']}.py: no {error}") from error
+        self.measured = checkpoint.get("args", {}).get("joints", "measured") == "measured"  # LeRobot knows no other
         self.n_action_steps, self.coeff = self.network.n_action_steps, self.network.temporal_ensemble_coeff
+        if self.measured and not observe_measured:
+            raise UserError("this base sees the joints as they are measured: add --observe-measured")
         self.pointer = np.zeros(0, dtype=np.int64)  # next step of the chunk; or how many chunks an ensemble has
 
     def reset(self, mask: np.ndarray) -> None:
@@ -253,7 +258,7 @@ class FrozenILPolicy(BasePolicy):
     def predict(self, obs: np.ndarray) -> np.ndarray:
         """Chunks of absolute joint targets (num, chunk_size, 6), rad, for observations (num, obs_dim)."""
         with torch.inference_mode():
-            parts = [torch.from_numpy(part).to(self.device) for part in to_lerobot(obs, self.env)]
+            parts = [torch.from_numpy(part).to(self.device) for part in to_lerobot(obs, self.env, self.measured)]
             chunk = self.network.predict(*parts)
         return joints_to_rad(chunk.cpu().numpy())
 
@@ -322,7 +327,7 @@ BASES = {  # by name, what builds it of the flags `args`, and of what `make_base
         env, act_scale, args.ik_gain, args.ik_damping, args.ik_speed_limit, args.ik_press_depth, args.ik_hover_height
     ),
     "il": lambda args, env, act_scale, checkpoint, device: FrozenILPolicy(
-        checkpoint or load_il(args.il_checkpoint), env, act_scale, device
+        checkpoint or load_il(args.il_checkpoint), env, act_scale, device, getattr(args, "observe_measured", True)
     ),
     "hybrid": lambda args, env, **others: HybridPolicy(
         [BASES[name](args, env=env, **others) for name in args.hybrid_bases], args.hybrid_weights, args.hybrid_mode, env
@@ -338,7 +343,7 @@ class BaseFlags(Flags):
     """jacobian: damping of the least squares, m"""
     ik_speed_limit: Real[1e-6, 3.2] = 0.01
     """jacobian: largest joint step, rad"""
-    ik_press_depth: Real[0, 0.1] = 0.0015
+    ik_press_depth: Real[0, 0.1] = 0.004
     """jacobian: how far below contact the fingertip is sent, m"""
     ik_hover_height: Real[0, 0.4] = 0.025
     """jacobian: height of the fingertip's centre away from the sheet, m"""

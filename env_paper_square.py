@@ -49,11 +49,24 @@ FORCE_LIMIT = 5.0  # N, what a fingertip may press without losing reward
 SHEET_LEVER = 0.1  # m, by which an error of the sheet's corners is one of its yaw
 NOISE_STEPS = 400  # after which the noise of a longer episode repeats
 
-# What differs from episode to episode, and the numbers that each takes; new ones go to the end
-DRAWS = {"xy": 2, "yaw": 1, "friction": 2, "mass": 1, "stiffness": 6, "servo_friction": 6, "offset": 5, "delay": 1}
-DRAWS |= {"height": 1, "backlash": 1, "bias": 3, "lag": 1}
-_ends = np.cumsum(list(DRAWS.values())).tolist()
-_draw = {name: slice(end - size, end) for (name, size), end in zip(DRAWS.items(), _ends, strict=True)}
+# What is drawn for every episode: how many numbers, and the limits of their values; new ones go to the end
+DRAWS = {
+    "xy": (2, -1, 1),
+    "yaw": (1, -6.2832, 6.2832),
+    "friction": (2, 0, 100),
+    "mass": (1, 0.01, 100),
+    "stiffness": (6, 0.1, 1e4),
+    "servo_friction": (6, 0, 2),
+    "offset": (5, -0.2, 0.2),
+    "delay": (1, 0, 30),
+    "height": (1, -0.015, 0.015),
+    "backlash": (1, 0, 0.1),
+    "bias": (3, -0.5, 0.5),
+    "lag": (1, 0, 30),
+}
+_ends = np.cumsum([size for size, *_ in DRAWS.values()]).tolist()
+_draw = {name: slice(end - size, end) for (name, (size, *_)), end in zip(DRAWS.items(), _ends, strict=True)}
+NUM_DRAWS = _ends[-1]
 
 # name -> (SI value at which the entry is zero, scale): centred on the start and of order one, within -5 to 5
 OBS_ROWS = {
@@ -153,6 +166,13 @@ def eval_kwargs(args: EnvArgs) -> dict:
         del kwargs[name]
     scales = [field for field in fields(EnvArgs) if field.name in kwargs and field.name.startswith("randomize_")]
     return kwargs | {field.name: max(field.default, kwargs[field.name]) for field in scales}
+
+
+def nominal_arm() -> dict:
+    """The constructor arguments that leave the arm nominal, one by one, as `randomize_arm=False` does all together."""
+    names = [field.name for field in fields(EnvArgs)]
+    arm = names[names.index("randomize_arm") + 1 : names.index("encoder_tick") + 1]
+    return {"randomize_arm": True, **dict.fromkeys(arm, 0)}
 
 
 def room(yaw_error: np.ndarray, tape_half_size: float) -> np.ndarray:
@@ -255,7 +275,9 @@ class PaperSquareVectorEnv(VectorEnv):
 
     ## Action space
     `Box(-1, 1, (6,), float32)`; larger values are clipped. `joint_target += act_scale * action`, clipped to the
-    control range; the servos follow the target, interpolated linearly over the control ticks of one policy step.
+    control range. The servos follow the target, interpolated linearly over the control ticks of one policy step, and of
+    an episode's arm (see Starting state): late by its delay, in whole ticks of the encoder, off by the errors of the
+    joints' zeros, and less the play of the gears.
 
     | index | joint         | range, rad     |
     |-------|---------------|----------------|
@@ -267,21 +289,24 @@ class PaperSquareVectorEnv(VectorEnv):
     | 5     | gripper       | -0.175 to 1.745 |
 
     ## Observation space
-    `Box(-inf, inf, (32,), float32)`, at the slices `OBS[name]`: the value in the unit below, minus where it is zero,
-    times a scale, so that every entry is of order one. `to_si(obs)` gives the values back.
+    `Box(-inf, inf, (33,), float32)`, at the slices `OBS[name]`: the value in the unit below, minus where it is zero,
+    times a scale, so that every entry is of order one. `to_si(obs)` gives the values back. It is what is known of an
+    arm on a desk, and `make_observation` makes it for either: where the joints were *sent*, and where the sheet is
+    *seen*, which is late, biased and noisy. The rows joint_measured are at home unless `observe_measured`.
 
-    | rows  | name               | content                                  | unit  | zero at       | scale       |
-    |-------|--------------------|------------------------------------------|-------|---------------|-------------|
-    | 0-5   | joint_pos          | joint angles                             | rad   | home          | 3           |
-    | 6-11  | joint_vel          | joint velocities                         | rad/s | 0             | 5           |
-    | 12-17 | joint_target_error | joint target minus joint angle           | rad   | 0             | 200         |
-    | 18-20 | sheet_pos          | centre of the sheet                      | m     | 0.19, 0, 0    | 10          |
-    | 21-22 | sheet_yaw          | sine and cosine of the sheet's yaw       | -     | 0, 1          | 10          |
-    | 23-24 | sheet_to_square    | sheet's centre to square's centre, xy    | m     | 0             | 30          |
-    | 25-27 | fingertip_pos      | centre of the fixed fingertip            | m     | 0.19, 0, 0.01 | 10, 10, 100 |
-    | 28-29 | fingertip_to_sheet | fixed fingertip to sheet's centre, xy    | m     | 0             | 30          |
-    | 30    | tape_half_size     | half the inside width of the tape square | m     | 0.08          | 50          |
-    | 31    | hold_counter       | steps in a row inside the tape           | steps | 0             | 0.5         |
+    | rows  | name               | content                                  | unit   | zero at       | scale       |
+    |-------|--------------------|------------------------------------------|--------|---------------|-------------|
+    | 0-5   | joint_target       | joint targets                            | rad    | home          | 3           |
+    | 6-11  | last_action        | the action before, clipped               | -      | 0             | 1           |
+    | 12-13 | sheet_pos          | centre of the sheet                      | m      | 0.19, 0       | 10          |
+    | 14-15 | sheet_yaw          | sine and cosine of the sheet's yaw       | -      | 0, 1          | 5, 2.5      |
+    | 16-17 | yaw_error          | yaw from a quarter turn, cosine of 4 yaw | rad, - | 0, 1          | 6, 2.5      |
+    | 18-19 | sheet_to_square    | sheet's centre to square's centre, xy    | m      | 0             | 30          |
+    | 20-22 | fingertip_pos      | fixed fingertip at the joint targets     | m      | 0.19, 0, 0.01 | 10, 10, 100 |
+    | 23-24 | fingertip_to_sheet | from there to the sheet's centre, xy     | m      | 0             | 30          |
+    | 25    | tape_half_size     | half the inside width of the tape square | m      | 0.08          | 50          |
+    | 26    | hold_counter       | steps in a row that it was seen inside   | steps  | 0             | 0.5         |
+    | 27-32 | joint_measured     | joint angles as the servos report them   | rad    | home          | 3           |
 
     ## Rewards
     The sum of the terms; `info["reward/<term>"]` holds each, weighted and signed.
@@ -293,12 +318,29 @@ class PaperSquareVectorEnv(VectorEnv):
     | orientation | -0.1           | angle from the sheet's yaw to a multiple of 90 deg, rad |
     | time        | -0.01          | 1                                                       |
     | reach       | 0              | distance from the fixed fingertip to the sheet, m       |
+    | force       | 0              | what the harder pressed fingertip has above 5 N, N      |
 
     ## Starting state
-    The arm at the keyframe `home`; the sheet at (0.19, -0.09) +- `randomize_xy`, yaw +- `randomize_yaw`; friction of
-    the pair sheet-table and of the pairs fingertip-sheet times 1 +- `randomize_friction` (two draws), mass of the
-    sheet times 1 +- `randomize_mass`, all uniform. Every episode draws the same numbers whatever the scales, so
-    ablations of the randomisation are paired. `randomize=False` turns all of them off.
+    The arm at the keyframe `home`; the sheet at (0.19, -0.09). Every episode draws, uniformly but for the stiffness:
+
+    | name           | what                                                     | default               |
+    |----------------|----------------------------------------------------------|-----------------------|
+    | xy, yaw        | pose of the sheet                                        | +-0.05 m, +-0.3 rad   |
+    | friction       | friction under sheet and under fingertips, times nominal | 1 +- 0.2              |
+    | mass           | mass of the sheet, times nominal                         | 1 +- 0.1              |
+    | stiffness      | stiffness of each servo, uniform in its logarithm        | 14 to 51 N.m/rad      |
+    | servo_friction | dry friction of each servo                               | 0.05 to 0.4 N.m       |
+    | offset         | errors of the joints' zeros, but the gripper's           | +-0.0175 rad          |
+    | delay          | of the actions                                           | 0 to 3 policy steps   |
+    | height         | of the table under the arm                               | +-0.002 m             |
+    | backlash       | play of the gears, either way                            | 0 to 0.0087 rad       |
+    | bias           | error of where the sheet is seen: x, y, yaw              | +-0.001 m, +-0.01 rad |
+    | lag            | of where the sheet is seen                               | 0 to 3 policy steps   |
+
+    and where the sheet is seen is noisy at every step. Each has a scale, the argument `randomize_<name>`;
+    `randomize=False` turns all of them off, `randomize_arm=False` all from the stiffness on and the encoder's ticks.
+    Every episode draws the same numbers whatever the scales, so ablations are paired. `envs.drawn[name]` (num_envs,
+    size) holds what was drawn, which no observation tells; `fixed={"delay": 2}` makes it so in all episodes.
 
     ## Episode end
     Terminated on success, truncated after `max_episode_steps` (400 steps are 13.3 s). Truncated as well if the physics
@@ -306,13 +348,11 @@ class PaperSquareVectorEnv(VectorEnv):
     `info["physics_reset"]` says so.
 
     ## Arguments
-    `num_envs`; `act_scale` (rad per step); `max_episode_steps`; `hold_steps`; `tape_half_size` (m; assign the attribute
-    of that name to change it, from each environment's next episode on); the weights `success_weight`,
-    `distance_weight`, `orientation_weight`, `time_weight`, `reach_weight`; `randomize` and its four scales;
-    `physics_hz`, `control_hz`, `policy_hz` (each must divide the one before it); `num_threads` (0: all cores);
-    `autoreset_mode` (`SAME_STEP`, `NEXT_STEP`, or `DISABLED` with `reset(options={"reset_mask": mask})`); `render_mode`
-    (None, "rgb_array", "human": the first environment in MuJoCo's viewer), `camera` (top, side, wrist), `width`,
-    `height`.
+    `num_envs`; `max_episode_steps`; `hold_steps`; `fixed`; `physics_hz`, `control_hz`, `policy_hz` (each must divide
+    the one before it); `autoreset_mode` (`SAME_STEP`, `NEXT_STEP`, or `DISABLED` with `reset(options={"reset_mask":
+    mask})`); `render_mode` (None, "rgb_array", "human": the first environment in MuJoCo's viewer), `camera` (top, side,
+    wrist), `width`, `height`; and all of `EnvArgs`, by keyword. `envs.tape_half_size` may be assigned, and holds from
+    each environment's next episode on.
 
     Raises ValueError for arguments, seeds or actions that it cannot use.
     """
@@ -330,46 +370,21 @@ class PaperSquareVectorEnv(VectorEnv):
         self,
         num_envs: int = 1,
         *,
-        act_scale: float = 0.02,
         max_episode_steps: int = 400,
         hold_steps: int = 5,
-        tape_half_size: float = 0.08,
-        success_weight: float = 10.0,
-        distance_weight: float = -2.0,
-        orientation_weight: float = -0.1,
-        time_weight: float = -0.01,
-        reach_weight: float = 0.0,
-        force_weight: float = 0.0,
-        randomize: bool = True,
-        randomize_xy: float = 0.05,
-        randomize_yaw: float = 0.3,
-        randomize_friction: float = 0.2,
-        randomize_mass: float = 0.1,
-        randomize_arm: bool = True,
-        randomize_stiffness: float = 1.0,
-        randomize_servo_friction: float = 1.0,
-        randomize_offset: float = 0.0175,
-        randomize_delay: int = 3,
-        randomize_height: float = 0.002,
-        randomize_backlash: float = 0.0087,
-        randomize_bias: float = 0.001,
-        randomize_noise: float = 0.0003,
-        randomize_lag: int = 3,
-        encoder_tick: float = 0.001534,
-        observe_measured: bool = False,
         fixed: dict | None = None,
         physics_hz: int = 360,
         control_hz: int = 180,
         policy_hz: int = POLICY_HZ,
-        num_threads: int = 0,
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         render_mode: str | None = None,
         camera: str = "side",
         width: int = 640,
         height: int = 480,
+        **flags,
     ):
-        arguments = {name: value for name, value in locals().items() if name != "self"}
-        EnvArgs(**{field.name: arguments[field.name] for field in fields(EnvArgs)})  # checks their limits
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "flags", "__class__")}
+        args = EnvArgs(**flags)  # checks their limits
         for name in ("num_envs", "max_episode_steps", "hold_steps", "width", "height"):
             if not arguments[name] >= 1:
                 raise ValueError(f"{name} must be at least 1, found {arguments[name]}")
@@ -380,24 +395,21 @@ class PaperSquareVectorEnv(VectorEnv):
             )
         if render_mode not in (None, "rgb_array", "human"):
             raise ValueError(f"render_mode must be None, 'rgb_array' or 'human', found {render_mode!r}")
-        self._arguments = arguments  # for copies
-        self.num_envs = num_envs
-        self.act_scale = act_scale
-        self.max_episode_steps = max_episode_steps
-        self.hold_steps = hold_steps
-        self.tape_half_size = tape_half_size
-        self.success_weight = success_weight
-        self.distance_weight = distance_weight
-        self.orientation_weight = orientation_weight
-        self.time_weight = time_weight
-        self.reach_weight = reach_weight
-        self.force_weight = force_weight
-        arm = randomize and randomize_arm
-        self.scales = {
-            name: arguments[f"randomize_{name}"] * (arm or (randomize and k < 4)) for k, name in enumerate(DRAWS)
-        }
-        self.noise, self.encoder_tick = randomize_noise * arm, encoder_tick * arm
-        self.observe_measured, self.fixed = observe_measured, fixed or {}
+        self.fixed = fixed or {}
+        for name, value in self.fixed.items():
+            _, low, high = DRAWS.get(name, (0, np.inf, -np.inf))
+            if not (low <= np.min(value) and np.max(value) <= high):
+                raise ValueError(
+                    f"fixed takes {name!r} from {low} to {high}, found {value}; it knows {', '.join(DRAWS)}"
+                )
+        self._arguments = arguments | flags  # for copies
+        self.num_envs, self.max_episode_steps, self.hold_steps = num_envs, max_episode_steps, hold_steps
+        vars(self).update(vars(args))  # act_scale, tape_half_size, the weights and so on
+        arm = args.randomize and args.randomize_arm
+        self._scales = {name: getattr(args, f"randomize_{name}") * arm for name in (*DRAWS, "noise")}
+        if not arm and args.randomize:
+            self._scales |= {name: getattr(args, f"randomize_{name}") for name in ("xy", "yaw", "friction", "mass")}
+        self.encoder_tick = args.encoder_tick * arm
         self.control_ticks = control_hz // policy_hz
         self.physics_steps = physics_hz // control_hz
         self.autoreset_mode = AutoresetMode(autoreset_mode)
@@ -420,7 +432,7 @@ class PaperSquareVectorEnv(VectorEnv):
             spec.delete(element)
         spec.memory = 2**19  # bytes for contacts, which take 27 kB; of the default, 15 MB, 2000 leave none to fork
         self.model = spec.compile()
-        self.batch = Batch(self.model, num_envs, num_threads or available_cores(), persistent=True)
+        self.batch = Batch(self.model, num_envs, args.num_threads or available_cores(), persistent=True)
         self._block = 32 * self.batch.nthread  # environments stepped together, so few that the caches hold their data
         self.pair_friction = self.batch.expand("pair_friction")  # (num_envs, pairs, 5), drawn at every reset
         self._body_mass, self._body_inertia = self.batch.expand("body_mass"), self.batch.expand("body_inertia")
@@ -441,10 +453,10 @@ class PaperSquareVectorEnv(VectorEnv):
 
         self._rngs: list[np.random.Generator | None] = [None] * num_envs
         self.paused = np.zeros(num_envs, dtype=bool)  # set an entry, and that environment costs and does nothing
-        self.drawn = {name: np.zeros((num_envs, size)) for name, size in DRAWS.items()}  # of each episode, SI
+        self.drawn = {name: np.zeros((num_envs, size)) for name, (size, *_) in DRAWS.items()}  # of each episode, SI
         self._noise = np.zeros((num_envs, NOISE_STEPS, 3), dtype=np.float32)  # standard normal
         self.joint_target, self._last_action = np.zeros((num_envs, 6)), np.zeros((num_envs, 6))
-        steps = {name: 1 + int(max(self.scales[name], self.fixed.get(name, 0))) for name in ("delay", "lag")}
+        steps = {name: 1 + int(max(self._scales[name], self.fixed.get(name, 0))) for name in ("delay", "lag")}
         self._targets = np.zeros((num_envs, steps["delay"], 6))  # the last joint targets, newest first
         self._command = np.zeros((num_envs, 6))  # where the links are sent, rad
         self._poses = np.zeros((num_envs, steps["lag"], 3))  # the last poses of the sheet, newest first
@@ -641,21 +653,20 @@ class PaperSquareVectorEnv(VectorEnv):
     def _draw(self, ids: np.ndarray) -> None:
         """Draw what differs from episode to episode for the environments `ids`, whose generators give the same numbers
         whatever the scales."""
-        size = sum(DRAWS.values())
-        uniform = np.stack([self._rngs[i].uniform(-1.0, 1.0, size) for i in ids])
+        uniform = np.stack([self._rngs[i].uniform(-1.0, 1.0, NUM_DRAWS) for i in ids])
         self._noise[ids] = [self._rngs[i].standard_normal(self._noise.shape[1:], dtype=np.float32) for i in ids]
         unit = {name: uniform[:, part] for name, part in _draw.items()}
-        drawn = {name: self.scales[name] * values for name, values in unit.items()}
+        drawn = {name: self._scales[name] * values for name, values in unit.items()}
         drawn |= {name: 1.0 + drawn[name] for name in ("friction", "mass")}  # times nominal
-        drawn |= {name: np.floor((unit[name] + 1) / 2 * (self.scales[name] + 1)) for name in ("delay", "lag")}
-        drawn["backlash"] = self.scales["backlash"] * (unit["backlash"] + 1) / 2
+        drawn |= {name: np.floor((unit[name] + 1) / 2 * (self._scales[name] + 1)) for name in ("delay", "lag")}
+        drawn["backlash"] = self._scales["backlash"] * (unit["backlash"] + 1) / 2
         drawn["bias"] = drawn["bias"] / [1.0, 1.0, SHEET_LEVER]
         for name, (low, high), nominal in (
             ("stiffness", STIFFNESS, self.model.actuator_gainprm[:, 0]),
             ("servo_friction", SERVO_FRICTION, self.model.dof_frictionloss[:6]),
         ):
             anywhere = low * (high / low) ** ((unit[name] + 1) / 2)
-            drawn[name] = nominal * (anywhere / nominal) ** self.scales[name]
+            drawn[name] = nominal * (anywhere / nominal) ** self._scales[name]
         for name, values in drawn.items():
             self.drawn[name][ids] = self.fixed.get(name, values)
 
@@ -719,7 +730,9 @@ class PaperSquareVectorEnv(VectorEnv):
     def seen_pose(self) -> np.ndarray:
         """Where the sheet is seen, late and not quite there: x, y, yaw, (num_envs, 3), m and rad."""
         every = np.arange(self.num_envs)
-        noise = self._noise[every, self._episode_steps % NOISE_STEPS] * (self.noise / np.array([1.0, 1.0, SHEET_LEVER]))
+        noise = self._noise[every, self._episode_steps % NOISE_STEPS] * (
+            self._scales["noise"] / np.array([1.0, 1.0, SHEET_LEVER])
+        )
         return self._poses[every, self.drawn["lag"][:, 0].astype(int)] + self.drawn["bias"] + noise
 
     @property

@@ -20,11 +20,11 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import tyro
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode
 from tqdm import tqdm
 
 from base_policies import BASES, BaseFlags, BasePolicy, make_base
-from env_paper_square import POLICY_HZ, EnvArgs, PaperSquareVectorEnv, room
+from env_paper_square import POLICY_HZ, SERVO_FRICTION, STIFFNESS, EnvArgs, PaperSquareVectorEnv, nominal_arm, room
 from figures import check_rendering, choose_films, film_episode, plot_results, plot_sweep, watch
 from runs import (
     ROOT,
@@ -55,11 +55,19 @@ APPROACH_STEPS, APPROACH = 30, 0.005  # a sheet that came so much closer, m, in 
 SWEEPS = {  # name: what is varied, and the range that policies are trained in by default
     "friction": ("friction, times nominal", (1 - EnvArgs.randomize_friction, 1 + EnvArgs.randomize_friction)),
     "mass": ("mass, times nominal", (1 - EnvArgs.randomize_mass, 1 + EnvArgs.randomize_mass)),
-    "xy": ("largest offset of the sheet's start in x and y, m", (0.0, EnvArgs.randomize_xy)),
-    "yaw": ("largest yaw of the sheet's start, rad", (0.0, EnvArgs.randomize_yaw)),
-    "noise": ("noise on the sheet's measured position, standard deviation, m", None),
-    "delay": ("delay of the actions, policy steps", None),
+    "stiffness": ("stiffness of the servos, N.m/rad", STIFFNESS),
+    "servo_friction": ("dry friction of the servos, N.m", SERVO_FRICTION),
+    "height": ("height of the table under the arm, m", (-EnvArgs.randomize_height, EnvArgs.randomize_height)),
+    "backlash": ("play of the gears either way, rad", (0, EnvArgs.randomize_backlash)),
+    "delay": ("delay of the actions, policy steps", (0, EnvArgs.randomize_delay)),
+    "lag": ("delay of the sheet's pose, policy steps", (0, EnvArgs.randomize_lag)),
+    "xy": ("largest offset of the sheet's start in x and y, m", (0, EnvArgs.randomize_xy)),
+    "yaw": ("largest yaw of the sheet's start, rad", (0, EnvArgs.randomize_yaw)),
+    "offset": ("largest error of a joint's zero, rad", (0, EnvArgs.randomize_offset)),
+    "bias": ("largest error of where the sheet is seen, m", (0, EnvArgs.randomize_bias)),
+    "noise": ("standard deviation of where the sheet is seen, m", (0, EnvArgs.randomize_noise)),
 }
+SCALES = ("xy", "yaw", "offset", "bias", "noise")  # how widely it is drawn is varied; of the others, what it is
 
 
 @dataclass
@@ -86,11 +94,14 @@ class Args(BaseFlags):
     """largest offset of the sheet's start in x and y, m (default: as the checkpoint is judged, else 0.05)"""
     randomize_yaw: Real[0, 6.2832] | None = None
     """largest yaw of the sheet's start, rad (default: as the checkpoint is judged, else 0.3)"""
-    sweep: tuple[Literal[tuple(SWEEPS)], Real[0, 400], Real[0, 400]] | None = None
-    """also play under disturbances from LOW to HIGH: friction and mass (times nominal), xy (m) and yaw (rad; range of
-    the sheet's start), noise (standard deviation of the sheet's measured position, m), delay (policy steps)"""
+    randomize_arm: bool | None = None
+    """whether the arm and how it is seen are randomised (default: as the checkpoint was trained, else True)"""
+    sweep: tuple[Literal[tuple(SWEEPS)], Real[-400, 400], Real[-400, 400]] | None = None
+    """also play with one thing from LOW to HIGH, in all episodes: friction, mass (times nominal), stiffness (N.m/rad),
+    servo_friction (N.m), height of the table (m), backlash (rad), delay, lag (policy steps); or drawn so widely: xy (m)
+    and yaw (rad) of the sheet's start, offset of the joints (rad), bias and noise of the sheet's pose (m)"""
     sweep_points: Whole[2, 1000] = 7
-    """values of the sweep; a delay takes the whole numbers among them"""
+    """values of the sweep; delay and lag take the whole numbers among them"""
     stochastic: bool = False
     """sample the actions of checkpoints instead of taking the mean"""
     num_envs: Whole[1, 32_768] = 64
@@ -132,60 +143,12 @@ class RandomPolicy:
         pass
 
 
-class Disturbance:
-    """What a sweep adds to the episodes of an environment: one of `SWEEPS` by `name`, of size `value`; "" is nothing.
-
-    The noise comes from a generator of each episode's own, so all policies meet the same; actions arrive `value`
-    steps late under a delay, the first ones of an episode being zero.
-    """
-
-    def __init__(self, name: str = "", value: float = 0.0):
-        self.name, self.value = name, value
-        self.env_kwargs = {f"randomize_{name}": value} if name in ("xy", "yaw") else {}
-
-    def start(self, envs: VectorEnv) -> None:
-        """Before the first reset: every episode draws its friction and mass relative to the model's."""
-        self.envs = envs
-        model, sheet = envs.model, envs.model.body("sheet").id
-        if self.name == "friction":
-            geom = model.geom("sheet").id
-            model.pair_friction[(model.pair_geom1 == geom) | (model.pair_geom2 == geom)] *= self.value
-        elif self.name == "mass":
-            model.body_mass[sheet] *= self.value
-            model.body_inertia[sheet] *= self.value
-        self.rngs = [None] * envs.num_envs
-        self.age = np.zeros(envs.num_envs, dtype=np.int64)  # actions since the episode began
-        self.actions = deque(maxlen=int(self.value) + 1) if self.name == "delay" else None
-
-    def reset(self, mask: np.ndarray, seeds: Sequence[int]) -> None:
-        self.age[mask] = 0
-        for i in np.flatnonzero(mask):
-            self.rngs[i] = np.random.default_rng([int(seeds[i]), 1])
-
-    def observe(self, obs: np.ndarray) -> np.ndarray:
-        """What the policy sees of observations (num_envs, obs_dim): the sheet where a noisy camera has it."""
-        if self.name != "noise":
-            return obs
-        scales = np.array([self.value, self.value, self.value / 0.1])  # m, m, rad: as if seen on a lever of 0.1 m
-        noise = scales * np.stack([rng.normal(size=3) for rng in self.rngs])
-        rows = self.envs.OBS
-        sin, cos = self.envs.to_si(obs)[:, rows["sheet_yaw"]].T
-        turn_sin, turn_cos = np.sin(noise[:, 2]), np.cos(noise[:, 2])
-        change = np.zeros(obs.shape)  # SI units; rows of zeros stay as they are to the bit
-        change[:, rows["sheet_pos"]][:, :2] = change[:, rows["fingertip_to_sheet"]] = noise[:, :2]
-        change[:, rows["sheet_to_square"]] = -noise[:, :2]
-        turned = [sin * turn_cos + cos * turn_sin - sin, cos * turn_cos - sin * turn_sin - cos]
-        change[:, rows["sheet_yaw"]] = np.stack(turned, axis=1)
-        return (obs + change * self.envs.OBS_SCALE).astype(np.float32)
-
-    def act(self, actions: np.ndarray) -> np.ndarray:
-        """The actions (num_envs, 6) that reach the arms."""
-        if self.name != "delay":
-            return actions
-        self.actions.append(np.array(actions))
-        late = np.where((self.age >= self.value)[:, None], self.actions[0], 0.0)
-        self.age += 1
-        return late
+def disturbed(task: partial, name: str, value: float) -> partial:
+    """The task with one of `SWEEPS` at a value; on a nominal arm, all others stay nominal."""
+    if name not in SCALES:
+        return partial(task, fixed={name: value})
+    nominal = nominal_arm() if not task.keywords.get("randomize_arm", True) else {}
+    return partial(task, **nominal, **{f"randomize_{name}": value})
 
 
 def play_episodes(
@@ -194,18 +157,15 @@ def play_episodes(
     task=PaperSquareVectorEnv,
     num_envs: int = 64,
     progress: str = "",
-    disturbance: tuple[str, float] = ("", 0.0),
 ) -> dict:
     """Play one episode per seed to its end; returns arrays (len(seeds),) by name, in the order of the seeds.
 
     `task(num_envs)` makes the environments. Apart are `forces`, the normal force on the harder pressed fingertip at
     every step in contact, N, pooled, and `residual_norm_by_step`, the mean over the episodes still played at each step.
-    `disturbance` is a name of `SWEEPS` and a value; what is recorded is the true state, whatever the policy sees.
+    What is recorded is the true state, whatever the policy sees.
     """
     num_envs = min(num_envs, len(seeds))
-    extra = Disturbance(*disturbance)
-    envs = task(num_envs, autoreset_mode=AutoresetMode.DISABLED, **extra.env_kwargs)
-    extra.start(envs)
+    envs = task(num_envs, autoreset_mode=AutoresetMode.DISABLED)
     names = ("success", "return", "length", "final_distance_m", "final_yaw_error_rad", "residual_norm")
     facts = ("moved_m", "reach_m", "approach_m", "was_inside", "inside")  # what tells the failures apart
     episodes = {name: np.zeros(len(seeds)) for name in (*names, *facts)}
@@ -218,10 +178,9 @@ def play_episodes(
     obs, _ = envs.reset(seed=[int(seed) for seed in seeds[:num_envs]])
     start = envs.sheet_pose[:, :2]
     policy.reset(active)
-    extra.reset(active, seeds)
     bar = tqdm(total=len(seeds), desc=progress, unit="ep", leave=False, disable=not progress)
     while active.any():
-        obs, rewards, terminations, truncations, infos = envs.step(extra.act(policy(extra.observe(obs))))
+        obs, rewards, terminations, truncations, infos = envs.step(policy(obs))
         now = playing[active]
         episodes["return"][now] += rewards[active]
         episodes["length"][now] += 1
@@ -259,7 +218,6 @@ def play_episodes(
             obs, _ = envs.reset(seed=[int(seeds[k]) for k in playing], options={"reset_mask": mask})
             start[mask] = envs.sheet_pose[mask, :2]
             policy.reset(mask)
-            extra.reset(mask, [seeds[k] for k in playing])
     bar.close()
     envs.close()
     episodes["residual_norm"] /= episodes["length"]
@@ -301,7 +259,11 @@ def summarize(episodes: dict) -> dict:
         "median_time_to_success_s": float(np.median(times)) if len(times) else None,
         "mean_final_distance_m": float(episodes["final_distance_m"].mean()),
         "mean_residual_norm": float(episodes["residual_norm"].mean()),
-        "fingertip_force_n": {"median": float(np.median(forces)), "max": float(forces.max())} if len(forces) else None,
+        "fingertip_force_n": dict(
+            zip(("median", "p99", "max"), np.percentile(forces, [50, 99, 100]).tolist(), strict=True)
+        )
+        if len(forces)
+        else None,
         "failures": {str(names[k]): int(counts[k]) for k in np.argsort(-counts, kind="stable")},
         "residual_norm_by_step": [round(norm, 4) for norm in episodes["residual_norm_by_step"].tolist()],
         "episodes": [
@@ -319,7 +281,7 @@ def align(lines: list[list[str]]) -> str:
 
 def format_table(results: dict[str, dict]) -> str:
     """Policies by name, as `summarize` returns them, as a table of plain text."""
-    heading = ["policy", "success", "95 % interval", "return", "time to success", "final distance", "force med/max"]
+    heading = ["policy", "success", "95 % interval", "return", "time to success", "final distance", "force med/p99"]
     lines = [[*heading, "failures"]]
     for name, row in results.items():
         low, high = row["ci95"]
@@ -332,7 +294,7 @@ def format_table(results: dict[str, dict]) -> str:
                 f"{row['mean_return']:.1f}",
                 "-" if seconds is None else f"{seconds:.1f} s",
                 f"{1000 * row['mean_final_distance_m']:.0f} mm",
-                "-" if force is None else f"{force['median']:.1f}/{force['max']:.1f} N",
+                "-" if force is None else f"{force['median']:.1f}/{force['p99']:.1f} N",
                 ", ".join(f"{count} {failure}" for failure, count in row["failures"].items()) or "-",
             ]
         )
@@ -361,7 +323,7 @@ def load_policies(args: Args) -> tuple[dict, dict]:
     """The policies that the flags ask for, by name, and what makes the environments of each."""
     policies, tasks, bases = {}, {}, {}  # bases: what each is, by its name
     device = find_device(args.device)
-    asked = {name: getattr(args, name) for name in ("tape_half_size", "randomize_xy", "randomize_yaw")}
+    asked = {name: getattr(args, name) for name in ("tape_half_size", "randomize_xy", "randomize_yaw", "randomize_arm")}
     overrides = {name: value for name, value in asked.items() if value is not None}
     for path in args.model_path:
         policy, task, checkpoint = load_policy(path, args.script, args.stochastic, device)
@@ -376,7 +338,7 @@ def load_policies(args: Args) -> tuple[dict, dict]:
         policies[name], tasks[name] = policy, task
     if args.compare_base and not bases:
         raise UserError("--compare-base needs a checkpoint of a residual script: found none that has a base policy")
-    shared = next(iter(tasks.values()), partial(PaperSquareVectorEnv, **overrides))
+    shared = next(iter(tasks.values()), partial(PaperSquareVectorEnv, observe_measured=True, **overrides))
     act_scale = shared.keywords.get("act_scale", EnvArgs.act_scale)
     for name in [*args.policy, *["zero"] * args.compare_zero, *["random"] * args.compare_random]:
         base = None if name == "random" else make_base(name, args, shared.func, act_scale, device=device)
@@ -440,24 +402,26 @@ def report(run, policy, checkpoint: dict) -> None:
 
 
 def sweep_values(name: str, low: float, high: float, points: int) -> np.ndarray:
-    """The values that a sweep plays, (points,) or, of a delay, the whole numbers; raises UserError for bad ranges."""
-    least = "<" if name in ("friction", "mass") else "<="  # a factor of zero is no physics
-    if not (0 <= low < high and (low > 0 or least == "<=")):
-        raise UserError(f"--sweep {name} LOW HIGH needs 0 {least} LOW < HIGH, found {low:g} and {high:g}")
-    if name != "delay":
+    """The values that a sweep plays, (points,) or, of steps, the whole numbers; raises UserError for bad ranges."""
+    positive = name in ("friction", "mass", "stiffness")  # which at zero are no physics
+    if not low < high or (positive and low <= 0) or (low < 0 and name != "height"):
+        least = "" if name == "height" else "0 < " if positive else "0 <= "
+        raise UserError(f"--sweep {name} LOW HIGH needs {least}LOW < HIGH, found {low:g} and {high:g}")
+    if name not in ("delay", "lag"):
         return np.linspace(low, high, points)
     if np.floor(high) - np.ceil(low) < 1:
-        raise UserError(f"--sweep delay LOW HIGH needs at least two whole numbers in it, found {low:g} and {high:g}")
+        raise UserError(f"--sweep {name} LOW HIGH needs at least two whole numbers in it, found {low:g} and {high:g}")
     return np.unique(np.round(np.linspace(np.ceil(low), np.floor(high), points)).astype(int))
 
 
 def run_sweep(policies: dict, tasks: dict, seeds: Sequence[int], num_envs: int, name: str, values: np.ndarray) -> dict:
-    """Play all policies under each value of a disturbance, on the same episodes; returns results.json's `sweep`."""
+    """Play all policies at each value of a sweep, on the same episodes; returns results.json's `sweep`."""
     rows = {policy: [] for policy in policies}
     for value in values.tolist():
         for key, policy in policies.items():
             progress = f"{key}, {name} {value:g}"
-            row = summarize(play_episodes(policy, seeds, tasks[key], num_envs, progress, (name, value)))
+            task = disturbed(tasks[key], name, value)
+            row = summarize(play_episodes(policy, seeds, task, num_envs, progress))
             rows[key].append({"success_rate": row["success_rate"], "ci95": row["ci95"]})
     return {"name": name, "values": values.tolist(), "policies": rows}
 

@@ -57,6 +57,7 @@ def make_features(env: type = PaperSquareVectorEnv, video_height: int = 0) -> di
         "observation.state": {"dtype": "float32", "shape": [len(joints)], "names": joints},
         "observation.environment_state": {"dtype": "float32", "shape": [len(rows)], "names": rows},
         "action": {"dtype": "float32", "shape": [len(joints)], "names": joints},
+        "commanded": {"dtype": "float32", "shape": [len(joints)], "names": joints},  # the targets before the action
         "next.reward": {"dtype": "float32", "shape": [1], "names": None},
         "next.done": {"dtype": "bool", "shape": [1], "names": None},
         "next.success": {"dtype": "bool", "shape": [1], "names": None},
@@ -156,12 +157,15 @@ def read_frames(root: Path, info: dict, sizes: dict[str, int], num_episodes: int
     return arrays
 
 
-def load_demos(root: str | Path, num_episodes: int = 0, env: type = PaperSquareVectorEnv) -> dict[str, np.ndarray]:
+def load_demos(
+    root: str | Path, num_episodes: int = 0, env: type = PaperSquareVectorEnv, joints: str = "measured"
+) -> dict[str, np.ndarray]:
     """Demonstrations of a LeRobotDataset v3.0, this script's or LeRobot's own, of its first episodes or (0) of all.
 
     Returns float32 arrays "state" (frames, 6) and "action" (frames, 6), joint angles and absolute joint targets in
-    LeRobot's units, "environment_state" (frames, 14 for `env`, whose observation it must be), and "episode" (frames,)
-    int64. Raises UserError if there is no such dataset, if it is damaged, or holds fewer episodes.
+    LeRobot's units, "environment_state" (frames, 15 for `env`, whose observation it must be), and "episode" (frames,)
+    int64. With `joints` "commanded", the state is where the joints were sent before: what was recorded as such, else
+    the action before. Raises UserError if there is no such dataset, if it is damaged, or holds fewer episodes.
     """
     root = Path(root)
     with readable(root):
@@ -169,13 +173,18 @@ def load_demos(root: str | Path, num_episodes: int = 0, env: type = PaperSquareV
         total = info["total_episodes"]
         if total < max(num_episodes, 1):
             raise ValueError(f"it holds {total} episodes, and {max(num_episodes, 1)} are asked for")
-        sizes = {key: make_features(env)[key]["shape"][0] for key in KEYS}
+        keys = KEYS + ("commanded",) * (joints == "commanded" and "commanded" in info["features"])
+        sizes = {key: make_features(env)[key]["shape"][0] for key in keys}
         arrays = read_frames(root, info, {**sizes, "episode_index": 1}, num_episodes or total)
         for key in sizes:
             if not np.isfinite(arrays[key]).all():
                 raise ValueError(f"its {key} is not finite everywhere")
     demos = {key.removeprefix("observation."): arrays[key].astype(np.float32, copy=False) for key in sizes}
-    return demos | {"episode": arrays["episode_index"]}
+    episode = arrays["episode_index"]
+    if joints == "commanded" and "commanded" not in demos:  # LeRobot's own
+        goes_on = np.append(False, episode[1:] == episode[:-1])
+        demos["commanded"] = np.where(goes_on[:, None], np.roll(demos["action"], 1, axis=0), demos["state"])
+    return demos | {"state": demos.pop("commanded", demos["state"]), "episode": episode}
 
 
 def load_task(root: str | Path) -> tuple[type, dict]:

@@ -22,7 +22,7 @@ from runs import UserError
 LEROBOT_FILES = re.compile(r"config\.json|model\.safetensors|policy_(pre|post)processor\w*\.(json|safetensors)")
 LEROBOT_NEEDED = ("config.json", "model.safetensors", "policy_preprocessor.json", "policy_postprocessor.json")
 LEROBOT_LIMIT = 2**30  # bytes in all: every checkpoint of a residual on such a base holds them
-LEROBOT_FEATURES = {"observation.state": [6], "observation.environment_state": [14], "action": [6]}
+LEROBOT_FEATURES = {"observation.state": [6], "observation.environment_state": [15], "action": [6]}
 LEROBOT_TYPES = {"observation.state": "STATE", "observation.environment_state": "ENV", "action": "ACTION"}
 LEROBOT_LARGEST, LEROBOT_LAYERS = 10_000, 32  # numbers in config.json, entries of its lists and layers: far above sense
 LEROBOT_STEPS = re.compile(r"(rename_observations|to_batch|device|normalizer|unnormalizer)_processor")
@@ -192,7 +192,7 @@ class LeRobotNetwork:
         pass
 
     def predict(self, state: torch.Tensor, environment_state: torch.Tensor) -> torch.Tensor:
-        """Absolute joint targets (num, chunk_size, 6) for states (num, 6) and (num, 14), in LeRobot's units."""
+        """Absolute joint targets (num, chunk_size, 6) for states (num, 6) and (num, 15), in LeRobot's units."""
         batch = self.pre({"observation.state": state, "observation.environment_state": environment_state})
         batch = {key: batch[key].to(self.device) for key in LEROBOT_FEATURES if key != "action"}
         if self.config.type == "act":

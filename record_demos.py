@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 from base_policies import (
     BASES,
-    ArmKinematics,
     BaseFlags,
     damped_step,
     joint_targets,
@@ -34,7 +33,7 @@ from base_policies import (
     make_base,
     to_lerobot,
 )
-from env_paper_square import JOINTS, POLICY_HZ, EnvArgs, PaperSquareVectorEnv, eval_kwargs
+from env_paper_square import JOINTS, POLICY_HZ, EnvArgs, PaperSquareVectorEnv, eval_kwargs, kinematics
 from eval import VALIDATION_SEED, load_policy
 from figures import check_rendering
 from lerobot_dataset import CAMERAS, FLUSH_EPISODES, Dataset, encode, make_features
@@ -160,15 +159,17 @@ def record_episodes(
         action = np.clip(policy(obs), -1.0, 1.0)
         wanted = joint_targets(envs.to_si(obs), envs) + envs.act_scale * action
         wanted = np.clip(wanted, envs.ctrl_low, envs.ctrl_high)
-        state, environment_state = to_lerobot(obs, envs)
+        commanded, environment_state = to_lerobot(obs, envs)
+        measured = joints_to_lerobot(envs.joint_measured).astype(np.float32)
         executed = action + noise[np.arange(num_envs), [len(steps) for steps in frames]]
         obs, rewards, terminations, truncations, _ = envs.step(executed)
         verdict = getattr(policy, "verdict", "")
         done = terminations | truncations | bool(verdict)
         frame = {
-            "observation.state": state,
+            "observation.state": measured,
             "observation.environment_state": environment_state,
             "action": joints_to_lerobot(wanted).astype(np.float32),
+            "commanded": commanded,
             "next.reward": rewards.astype(np.float32),
             "next.done": done,
             "next.success": terminations,
@@ -212,7 +213,6 @@ class KeyboardPolicy:
 
     def __init__(self, envs: VectorEnv, stop: Callable[[], object]):
         self.envs, self.stop = envs, stop
-        self.kinematics = ArmKinematics()
         self.keys = deque()  # pressed, not yet seen to; the viewer's thread appends
         envs.key_callback = self.keys.append
         self.reset(np.ones(1, dtype=bool))
@@ -236,7 +236,7 @@ class KeyboardPolicy:
         motion = np.clip(self.left, -PACE, PACE)
         self.left = self.left - motion
         targets = joint_targets(self.envs.to_si(obs), self.envs)
-        return motion_to_action(targets, motion[None], self.envs.act_scale, self.kinematics)
+        return motion_to_action(targets, motion[None], self.envs.act_scale)
 
 
 def key_to_motion(key: int) -> np.ndarray:
@@ -248,9 +248,7 @@ def key_to_motion(key: int) -> np.ndarray:
     return motion
 
 
-def motion_to_action(
-    targets: np.ndarray, motion: np.ndarray, act_scale: float, kinematics: ArmKinematics
-) -> np.ndarray:
+def motion_to_action(targets: np.ndarray, motion: np.ndarray, act_scale: float) -> np.ndarray:
     """Actions (num_envs, 6) that move the fingertip's target by `motion` (num_envs, 6): x, y, z, pitch, roll, gripper.
 
     `targets` (num_envs, 6) are the joint targets, rad. Damped least squares; pitch and roll are the fingers' own, and
