@@ -144,7 +144,7 @@ class EnvArgs(Flags):
     """reward each step"""
     reach_weight: Real[-1e4, 1e4] = 0.0
     """reward per m between the fingertip and the sheet's centre, each step; negative draws the finger to the sheet"""
-    force_weight: Real[-1e4, 1e4] = 0.0
+    force_weight: Real[-1e4, 1e4] = -0.003
     """reward per N by which a fingertip presses harder than 5 N, each step"""
     num_threads: Whole[0, 1024] = 0
     """threads that step the physics; 0 takes all cores"""
@@ -165,6 +165,7 @@ def eval_kwargs(args: EnvArgs) -> dict:
     for name in ("randomize", "num_threads"):
         del kwargs[name]
     scales = [field for field in fields(EnvArgs) if field.name in kwargs and field.name.startswith("randomize_")]
+    scales = [field for field in scales if field.name != "randomize_arm"]  # whether: it is another task
     return kwargs | {field.name: max(field.default, kwargs[field.name]) for field in scales}
 
 
@@ -318,7 +319,7 @@ class PaperSquareVectorEnv(VectorEnv):
     | orientation | -0.1           | angle from the sheet's yaw to a multiple of 90 deg, rad |
     | time        | -0.01          | 1                                                       |
     | reach       | 0              | distance from the fixed fingertip to the sheet, m       |
-    | force       | 0              | what the harder pressed fingertip has above 5 N, N      |
+    | force       | -0.003         | what the harder pressed fingertip has above 5 N, N      |
 
     ## Starting state
     The arm at the keyframe `home`; the sheet at (0.19, -0.09). Every episode draws, uniformly but for the stiffness:

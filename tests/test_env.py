@@ -21,30 +21,38 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from numpy.testing import assert_allclose, assert_array_equal
 
-from base_policies import ArmKinematics, JacobianIKPolicy, joint_targets
+from base_policies import JacobianIKPolicy, joint_targets
 from env_paper_square import (
+    DRAWS,
     FINGERTIPS,
+    FORCE_LIMIT,
     JOINTS,
     OBS,
     OBS_DIM,
     OBS_SCALE,
     OBS_ZERO,
     SCENE_PATH,
+    SERVO_FRICTION,
     SQUARE_POS,
+    STIFFNESS,
     TAPE_WIDTH,
     EnvArgs,
     PaperSquareEnv,
     PaperSquareVectorEnv,
     env_kwargs,
     eval_kwargs,
+    kinematics,
+    make_observation,
+    nominal_arm,
     to_si,
 )
 
 GOLDEN_PATH = Path(__file__).with_name("golden_rollout.json")
-SCALES = {"xy": 0.05, "yaw": 0.3, "friction": 0.2, "mass": 0.1}
+SCALES = {name: getattr(EnvArgs, f"randomize_{name}") for name in DRAWS}
 MODES = [AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED]
 SCENE = mujoco.MjModel.from_xml_path(str(SCENE_PATH))
 HOME = SCENE.key("home").qpos
+EXACT = {"randomize": False}
 
 
 def simulations(envs):
@@ -180,6 +188,7 @@ def test_a_new_flag_of_a_copied_environment_reaches_its_evaluation(tmp_path, mon
     )
     assert text.count(last) == 1
     added = "".join(f"    {name}: float = {value}\n" for name, value in flags.items())
+    tmp_path.joinpath("assets").symlink_to(SCENE_PATH.parent)
     path = tmp_path / "env_copy.py"
     path.write_text(text.replace(last, added + last))
     spec = importlib.util.spec_from_file_location("env_copy", path)
@@ -194,13 +203,12 @@ def test_a_new_flag_of_a_copied_environment_reaches_its_evaluation(tmp_path, mon
     assert "cube_weight" not in kwargs and "randomize" not in kwargs
 
 
-def test_flags_have_the_defaults_of_the_constructor_and_evaluation_is_never_easier_than_they_or_the_training():
-    parameters = inspect.signature(PaperSquareVectorEnv).parameters
-    assert env_kwargs(EnvArgs()) == {name: parameters[name].default for name in env_kwargs(EnvArgs())}
+def test_evaluation_is_never_easier_than_the_default_flags_or_the_training():
     args = EnvArgs(act_scale=0.03, tape_half_size=0.076, randomize=False, randomize_xy=0.0, randomize_yaw=1.5)
     expected = {name: env_kwargs(EnvArgs())[name] for name in eval_kwargs(args)}
     assert eval_kwargs(args) == expected | {"act_scale": 0.03, "tape_half_size": 0.076, "randomize_yaw": 1.5}
     assert "randomize" not in expected
+    assert eval_kwargs(EnvArgs(randomize_arm=False))["randomize_arm"] is False  # the arm is part of the task
 
 
 # Success
@@ -222,7 +230,8 @@ def test_success_takes_five_steps_with_all_corners_inside():
         observations, _, terminations, truncations, infos = envs.step(np.zeros((len(poses), 6)))
         counts = to_si(observations)[:, OBS["hold_counter"]][:, 0]
         assert_allclose(counts[:-1], np.where(success, step, 0)[:-1], atol=1e-6)
-        assert step > 1 or counts[-1] == 0  # then it has fallen
+        assert_array_equal(counts[:-1].round(), envs.hold_counter[:-1])
+        assert step > 1 or envs.hold_counter[-1] == 0  # then it has fallen
         assert_array_equal(terminations, success & (step == 5))
         assert_array_equal(infos["is_success"], terminations)
         assert not truncations.any()
@@ -275,8 +284,9 @@ def test_tape_half_size_changes_with_the_next_episode():
 def test_diverging_physics_end_the_episode_and_disturb_nobody_else(force, mode):
     sound, faulty = (PaperSquareVectorEnv(3, autoreset_mode=mode) for _ in range(2))
     for envs in (sound, faulty):
-        last_obs, _ = envs.reset(seed=4)
-    faulty._hold_counter[1] = faulty.hold_steps - 1  # no success either
+        envs.reset(seed=4)
+    before = faulty._qpos[1].copy()
+    faulty.hold_counter[1] = faulty.hold_steps - 1  # no success either
     faulty.batch.xfrc_applied[1, faulty.model.body("sheet").id, 2] = force
     for step, actions in enumerate(random_actions(20, 3)):
         (expected, *_), (obs, rewards, terminations, truncations, infos) = sound.step(actions), faulty.step(actions)
@@ -287,8 +297,9 @@ def test_diverging_physics_end_the_episode_and_disturb_nobody_else(force, mode):
             final = infos.get("final_info", infos)
             assert final["physics_reset"].tolist() == [False, True, False] and np.isfinite(final["dist_to_goal"]).all()
             final_obs = infos["final_obs"][1] if "final_obs" in infos else obs[1]
-            where = np.r_[OBS["joint_pos"], OBS["sheet_pos"], OBS["fingertip_pos"]]
-            assert_array_equal(final_obs[where], last_obs[1, where])  # as before the step
+            assert np.isfinite(final_obs).all()
+            if mode == AutoresetMode.DISABLED:
+                assert_array_equal(faulty._qpos[1], before)  # as before the step
             if mode == AutoresetMode.DISABLED:
                 faulty.reset(options={"reset_mask": np.array([False, True, False])})
         else:
@@ -305,15 +316,10 @@ def play_extremes(num_envs, num_steps, seed, every):
     the worst: how deep geoms were in one another, by kind, m; the speed of a joint, rad/s, and how far one was beyond
     its range, rad; and the physics resets.
     """
-    scales = {f"randomize_{name}": 3 * scale for name, scale in SCALES.items()}
+    scales = {f"randomize_{name}": 3 * SCALES[name] for name in ("xy", "yaw", "friction", "mass", "offset")}
     envs = PaperSquareVectorEnv(num_envs, **scales)
     obs, _ = envs.reset(seed=seed * num_envs, options={"episode_steps": np.arange(num_envs) % 400})
-    base, kinematics, rng, kind = (
-        JacobianIKPolicy(),
-        ArmKinematics(),
-        np.random.default_rng(seed),
-        np.arange(num_envs) % 7,
-    )
+    base, rng, kind = JacobianIKPolicy(), np.random.default_rng(seed), np.arange(num_envs) % 7
     depth, speed, beyond, resets = np.zeros(7), 0.0, 0.0, 0
     low, high = SCENE.jnt_range[:6].T
     for step in range(num_steps):
@@ -371,23 +377,25 @@ def test_thousands_of_environments_leave_memory_for_other_programs():
 
 def test_reward_terms_are_documented_functions_of_the_state_and_sum_to_the_reward():
     weights = {"distance_weight": -3.0, "orientation_weight": -0.7, "time_weight": -0.02, "reach_weight": -0.5}
+    weights |= {"force_weight": -0.3}
     envs = PaperSquareVectorEnv(4, **weights)
     envs.reset(seed=0)
     for yaw, data in zip((0.1, -0.6, 1.4, 3.0), simulations(envs), strict=True):
         place_sheet(data, 0.05, 0.02, yaw)
-    for actions in random_actions(10, 4):
-        observations, rewards, _, _, infos = envs.step(actions)
+    for actions in random_actions(10, 4) + [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]:  # down
+        _, rewards, _, _, infos = envs.step(actions)
         terms = {key.removeprefix("reward/"): value for key, value in infos.items() if key.startswith("reward/")}
         assert_allclose(sum(terms.values()), rewards, rtol=0, atol=1e-15)
 
-        state = to_si(observations)
-        distance = np.linalg.norm(state[:, OBS["sheet_pos"]][:, :2] - SQUARE_POS, axis=1)
-        yaw = np.arctan2(*state[:, OBS["sheet_yaw"]].T)
-        turned = np.min(np.abs(yaw[:, None] - np.pi / 2 * np.arange(-3, 4)), axis=1)
-        reach = np.linalg.norm(state[:, OBS["fingertip_pos"]] - state[:, OBS["sheet_pos"]], axis=1)
+        pose = envs.sheet_pose
+        distance = np.linalg.norm(pose[:, :2] - SQUARE_POS, axis=1)
+        turned = np.min(np.abs(pose[:, 2:] - np.pi / 2 * np.arange(-3, 4)), axis=1)
+        reach = np.linalg.norm(envs._fingertip - envs._qpos[:, 6:9], axis=1)
+        force = np.maximum(envs.fingertip_force.max(axis=1) - FORCE_LIMIT, 0.0)
         assert_allclose(infos["dist_to_goal"], distance, atol=1e-6)
         assert_allclose(infos["orientation_error"], turned, atol=1e-6)
         expected = {"success": 0.0, "distance": distance, "orientation": turned, "time": 1.0, "reach": reach}
+        expected["force"] = force
         for name, value in expected.items():
             assert_allclose(terms[name], weights.get(f"{name}_weight", 10.0) * value, atol=1e-5)
 
@@ -492,7 +500,7 @@ def test_paused_environments_do_nothing_and_do_not_disturb_the_others():
 
 
 def test_episodes_can_start_with_steps_already_taken():
-    envs = PaperSquareVectorEnv(3, max_episode_steps=8)
+    envs = PaperSquareVectorEnv(3, max_episode_steps=8, randomize_noise=0)
     fresh, _ = envs.reset(seed=0)
     started, _ = envs.reset(seed=0, options={"episode_steps": np.array([0, 5, 7])})
     assert_array_equal(fresh, started)
@@ -503,41 +511,248 @@ def test_episodes_can_start_with_steps_already_taken():
 # Randomisation
 
 
-def drawn(envs, i):
-    """What an episode drew: the sheet's pose and the model's parameters."""
+def acting(envs, i):
+    """What acts in an episode: the sheet's pose and the model's parameters, by the name of what was drawn."""
     model, qpos = envs.batch.get_model(i), simulations(envs)[i].qpos
     return {
-        "xy": qpos[6:8].copy(),
+        "xy": qpos[6:8] - HOME[6:8],
         "yaw": 2 * np.arctan2(qpos[12], qpos[9]),
-        "friction": model.pair_friction.copy(),
-        "mass": np.column_stack([model.body_mass, model.body_inertia]),
+        "friction": model.pair_friction / SCENE.pair_friction,
+        "mass": np.r_[model.body_mass / np.maximum(SCENE.body_mass, 1e-9), model.body("sheet").inertia][1:],
+        "stiffness": np.r_[model.actuator_gainprm[:, 0], -model.actuator_biasprm[:, 1]],
+        "damping": model.actuator_biasprm[:, 2] / SCENE.actuator_biasprm[:, 2] * SCENE.actuator_gainprm[:, 0],
+        "servo_friction": model.dof_frictionloss,
+        "offset": np.r_[qpos[:6] - HOME[:6], envs._command[i] - HOME[:6]],
+        "height": SCENE.body("base").pos[2] - model.body("base").pos[2],
+        **{name: envs.drawn[name][i] for name in ("delay", "backlash", "bias", "lag")},  # which have tests of their own
     }
 
 
-def expected_draw(numbers):
-    """The same from six numbers in [-1, 1] and the nominal scene: all but the sheet's is as it was."""
-    friction, mass = SCENE.pair_friction.copy(), np.column_stack([SCENE.body_mass, SCENE.body_inertia])
-    table, finger = 1 + SCALES["friction"] * numbers[3:5]
-    friction[SCENE.pair("sheet_table").id] *= table
-    for tip in FINGERTIPS:
-        friction[SCENE.pair(f"{tip}_sheet").id] *= finger
-    mass[SCENE.body("sheet").id] *= 1 + SCALES["mass"] * numbers[5]
-    xy = np.array([0.19, -0.09]) + SCALES["xy"] * numbers[:2]
-    return {"xy": xy, "yaw": SCALES["yaw"] * numbers[2], "friction": friction, "mass": mass}
+def expected_draw(unit, scales):
+    """The same by the numbers in [-1, 1] that an episode draws."""
+    parts = np.split(unit, np.cumsum([size for size, *_ in DRAWS.values()])[:-1])
+    unit = dict(zip(DRAWS, parts, strict=True))
+    table, finger = 1 + scales["friction"] * unit["friction"]
+    friction_of_pairs = np.ones_like(SCENE.pair_friction)
+    friction_of_pairs[SCENE.pair("sheet_table").id] = table
+    friction_of_pairs[[SCENE.pair(f"{tip}_sheet").id for tip in FINGERTIPS]] = finger
+    masses = (SCENE.body_mass > 0).astype(float)
+    masses[SCENE.body("sheet").id] = mass = 1 + scales["mass"] * unit["mass"][0]
+    kp, friction = SCENE.actuator_gainprm[:, 0], SCENE.dof_frictionloss.copy()
+    if scales["stiffness"]:
+        kp = np.exp(np.log(STIFFNESS[0]) + (unit["stiffness"] + 1) / 2 * np.diff(np.log(STIFFNESS)))
+    if scales["servo_friction"]:
+        friction[:6] = np.exp(
+            np.log(SERVO_FRICTION[0]) + (unit["servo_friction"] + 1) / 2 * np.diff(np.log(SERVO_FRICTION))
+        )
+    offset = np.r_[scales["offset"] * unit["offset"], 0.0]
+    whole = {name: np.floor((unit[name] + 1) / 2 * (scales[name] + 1)) for name in ("delay", "lag")}
+    return {
+        "xy": scales["xy"] * unit["xy"],
+        "yaw": scales["yaw"] * unit["yaw"],
+        "friction": friction_of_pairs,
+        "mass": np.r_[masses, SCENE.body("sheet").inertia * mass][1:],
+        "stiffness": np.r_[kp, kp],
+        "damping": kp,
+        "servo_friction": friction,
+        "offset": np.r_[offset, offset],
+        "height": scales["height"] * unit["height"],
+        "backlash": scales["backlash"] * (unit["backlash"] + 1) / 2,
+        "bias": scales["bias"] * unit["bias"] * [1, 1, 10],
+        **whole,
+    }
 
 
-def test_every_episode_has_the_pose_friction_and_mass_that_were_drawn_and_scales_ablate_one_of_them():
-    rng, nominal = np.random.default_rng(21), expected_draw(np.zeros(6))
-    arguments = {"full": {}, "none": {"randomize": False}} | {name: {f"randomize_{name}": 0.0} for name in SCALES}
-    variants = {name: PaperSquareVectorEnv(2, **kwargs) for name, kwargs in arguments.items()}
+def test_every_episode_has_what_was_drawn_and_each_scale_ablates_one_thing():
+    none, arm = dict.fromkeys(SCALES, 0), [name for name in DRAWS if name not in ("xy", "yaw", "friction", "mass")]
+    variants = {"full": ({}, SCALES), "none": (EXACT, none)}
+    variants["nominal arm"] = {"randomize_arm": False}, SCALES | dict.fromkeys(arm, 0)
+    variants |= {name: ({f"randomize_{name}": 0}, SCALES | {name: 0}) for name in SCALES}
+    rng, size = np.random.default_rng(21), sum(size for size, *_ in DRAWS.values())
+    made = {name: PaperSquareVectorEnv(2, **arguments) for name, (arguments, _) in variants.items()}
     for episode in range(2):
-        expected = expected_draw(rng.uniform(-1.0, 1.0, 6))  # the next episode draws the next six numbers
-        for variant, envs in variants.items():
+        unit = rng.uniform(-1.0, 1.0, size)
+        noise = rng.standard_normal((400, 3), dtype=np.float32)  # the next episode goes on behind it
+        for variant, (_, scales) in variants.items():
+            envs = made[variant]
             envs.reset(seed=None if episode else [20, 21])
-            for name, value in drawn(envs, 1).items():
-                wanted = nominal if variant in ("none", name) else expected
-                assert_allclose(value, wanted[name], rtol=1e-12, atol=1e-12, err_msg=f"{variant} {name}")
-    assert_array_equal(simulations(variants["none"])[1].qpos, HOME)
+            expected = expected_draw(unit, scales)
+            for name, value in acting(envs, 1).items():
+                assert_allclose(value, expected[name], rtol=1e-9, atol=1e-12, err_msg=f"{variant} {name}")
+            assert_array_equal(envs._noise[1], noise)
+    assert_array_equal(simulations(made["none"])[1].qpos, HOME)
+
+
+def test_no_randomisation_is_the_nominal_arm_to_the_bit():
+    actions = random_actions(30, 2)
+    off = rollout(PaperSquareVectorEnv(2, **EXACT), actions, seed=3)
+    assert_same_rollout(off, rollout(PaperSquareVectorEnv(2, **EXACT), actions, seed=4))
+    sheet = {f"randomize_{name}": 0 for name in ("xy", "yaw", "friction", "mass")}
+    assert_same_rollout(off, rollout(PaperSquareVectorEnv(2, randomize_arm=False, **sheet), actions, seed=3))
+    assert_same_rollout(off, rollout(PaperSquareVectorEnv(2, **nominal_arm(), **sheet), actions, seed=3))
+    by_hand, data = [], mujoco.MjData(SCENE)
+    mujoco.mj_resetDataKeyframe(SCENE, data, 0)
+    for action in actions[:, 0]:
+        previous = data.ctrl.copy()
+        for tick in range(1, 7):
+            data.ctrl[:] = previous + 0.02 * action * tick / 6
+            mujoco.mj_step(SCENE, data, 2)
+        by_hand.append([*data.qpos[6:8], *data.ctrl])
+    state = to_si(off[0][:, 0])
+    seen = np.concatenate([state[:, OBS["sheet_pos"]], state[:, OBS["joint_target"]]], axis=1)
+    assert_allclose(seen, by_hand, atol=1e-6)
+
+
+@pytest.mark.parametrize("delay", [0, 2, 5])
+def test_actions_reach_the_servos_so_many_steps_late(delay):
+    envs = PaperSquareVectorEnv(2, **EXACT, fixed={"delay": delay})
+    envs.reset(seed=0)
+    targets = [HOME[:6]] * (delay + 1)
+    for actions in random_actions(12, 2):
+        observations, *_ = envs.step(actions)
+        targets.append(targets[-1] + 0.02 * actions[1])
+        assert_allclose(simulations(envs)[1].ctrl, targets[-1 - delay], atol=1e-12)
+        assert_allclose(to_si(observations)[1, OBS["joint_target"]], targets[-1], atol=1e-6)
+
+
+@pytest.mark.parametrize("lag", [0, 2, 5])
+def test_the_sheet_is_seen_late_biased_and_noisy_and_the_truth_is_what_counts(lag):
+    bias, quiet = [0.001, -0.002, 0.03], {"randomize_xy": 0, "randomize_yaw": 0, "randomize_noise": 0}
+    envs = PaperSquareVectorEnv(2, fixed={"lag": lag, "bias": bias}, **quiet)
+    noisy = PaperSquareVectorEnv(2, fixed={"lag": lag, "bias": bias}, **quiet | {"randomize_noise": 0.002})
+    seen, _ = envs.reset(seed=0)
+    noisy_seen, _ = noisy.reset(seed=0)
+    poses = [[0.19, -0.09, 0.0]] * (lag + 1)
+    errors = []
+    for step in range(120):
+        state = to_si(seen)
+        assert_allclose(state[:, OBS["sheet_pos"]], np.add(poses[-1 - lag], bias)[None, :2].repeat(2, 0), atol=1e-6)
+        yaw = np.arctan2(*state[:, OBS["sheet_yaw"]].T)
+        assert_allclose(yaw, poses[-1 - lag][2] + bias[2], atol=1e-6)
+        errors.append((to_si(noisy_seen) - state)[:, np.r_[OBS["sheet_pos"], OBS["sheet_yaw"]]][:, :3])
+        poses.append([0.19 + 0.001 * (step % 7), 0.0, 0.01 * (step % 5)])
+        for data in (*simulations(envs), *simulations(noisy)):
+            place_sheet(data, poses[-1][0] - SQUARE_POS[0], poses[-1][1] - SQUARE_POS[1], poses[-1][2])
+        (seen, *_, infos), (noisy_seen, *_) = envs.step(np.zeros((2, 6))), noisy.step(np.zeros((2, 6)))
+        assert_allclose(infos["dist_to_goal"], np.hypot(poses[-1][0] - 0.19, 0.09), atol=1e-4)
+    assert_allclose(np.std(errors, axis=(0, 1)), [0.002, 0.002, 0.02], rtol=0.2)
+
+
+def test_play_keeps_the_links_where_they_are_until_the_servo_has_turned_through_it():
+    play, moves = 0.008, np.r_[[1.0] * 3, [-1.0] * 4, [1.0] * 2]
+    envs = PaperSquareVectorEnv(1, act_scale=0.005, **EXACT, fixed={"backlash": play})
+    envs.reset(seed=0)
+    target = command = HOME[0]
+    for move in moves:
+        envs.step(np.array([[move, 0, 0, 0, 0, 0]]))
+        target += 0.005 * move
+        command = min(max(command, target - play), target + play)
+        assert_allclose(simulations(envs)[0].ctrl[0], command, atol=1e-12)
+    assert abs(command - target) <= play and command != target
+
+
+def test_servos_get_whole_ticks_off_by_the_joints_zeros_and_report_them_back():
+    tick, offset = 0.001534, np.array([0.01, -0.02, 0.015, 0.0, 0.005])
+    quiet = {"fixed": {"offset": offset, "backlash": 0, "delay": 0}}
+    envs = PaperSquareVectorEnv(1, observe_measured=True, **quiet)
+    envs.reset(seed=0)
+    for actions in random_actions(20, 1):
+        observations, *_ = envs.step(actions)
+        data, target = simulations(envs)[0], to_si(observations)[0, OBS["joint_target"]]
+        sent = data.ctrl - np.r_[offset, 0.0]
+        assert_allclose(sent / tick, np.round(sent / tick), atol=1e-6)
+        assert ((target - sent > -1e-6) & (target - sent < tick + 1e-6)).all()  # truncated, as the driver does
+        measured, truth = to_si(observations)[0, OBS["joint_measured"]], data.qpos[:6] - np.r_[offset, 0.0]
+        assert_allclose(measured, envs.joint_measured[0], atol=1e-6)
+        assert ((truth - measured > -1e-6) & (truth - measured < tick + 1e-6)).all()
+
+
+def test_a_higher_table_is_pressed_sooner():
+    heights = (-0.003, 0.0, 0.003)
+    pressed = []
+    for height in heights:
+        envs = PaperSquareVectorEnv(1, **EXACT, fixed={"height": height})
+        envs.reset(seed=0)
+        forces = []
+        for _ in range(40):
+            down = np.array([[0, 0.3, 0, -0.3, 0, 0]])
+            envs.step(down)
+            forces.append(envs.fingertip_force.max())
+            assert_allclose(envs._fingertip[0, 2], kinematics(envs._qpos[:, :6])[0][0, 2] - height, atol=1e-9)
+        pressed.append(np.argmax(np.array(forces) > 0.5))
+    assert pressed[0] > pressed[1] > pressed[2] > 0
+
+
+# The servos
+
+
+def servo_data(qpos=HOME):
+    data = mujoco.MjData(SCENE)
+    data.qpos[:], data.ctrl[:] = qpos, qpos[:6]
+    data.qpos[6:9] = 0.4, 0.4, 0.0005  # out of the way
+    return data
+
+
+def test_the_arm_sags_by_torque_over_stiffness_less_what_friction_holds():
+    model = copy.copy(SCENE)
+    for friction in (0.0, SCENE.dof_frictionloss[:6].copy()):
+        model.dof_frictionloss[:6] = friction
+        data = servo_data()
+        mujoco.mj_step(model, data, 3000)
+        servo = model.actuator_gainprm[:, 0] * (data.ctrl - data.qpos[:6])  # N.m
+        assert np.abs(data.qvel[:6]).max() < 1e-3
+        assert (np.abs(servo - data.qfrc_bias[:6]) <= np.asarray(friction) + 2e-3).all()
+        sag = data.ctrl - data.qpos[:6]
+        if np.ndim(friction) == 0:
+            assert 0.3 < np.rad2deg(-sag[1]) < 0.5 and 0.8 < np.rad2deg(-sag[2]) < 1.2  # lift and elbow at home
+        else:
+            assert np.rad2deg(np.abs(sag)).max() < 0.3  # most of the weight rests on the friction, which creeps
+
+
+@pytest.mark.parametrize("joint", JOINTS)
+def test_friction_makes_a_dead_band_and_the_motor_a_limit_of_speed_and_steps_overshoot_as_identified(joint):
+    k = JOINTS.index(joint)
+    model = copy.copy(SCENE)
+    model.opt.gravity[:] = 0.0
+    model.opt.timestep = 1e-3
+    kp, kd = model.actuator_gainprm[k, 0], -model.actuator_biasprm[k, 2]
+    friction, viscous = model.dof_frictionloss[k], model.dof_damping[k]
+    low, high = model.actuator_ctrlrange[k]
+    away = HOME.copy()
+    away[:6] = 0.0, -0.5, 0.2, 0.3, 0.0, 0.3  # clear of the table
+
+    data = servo_data(away)  # slowly up and down again
+    behind = []
+    for speed in (0.02, -0.02):  # rad/s
+        for _ in range(3000):
+            data.ctrl[k] += speed * model.opt.timestep
+            mujoco.mj_step(model, data)
+        behind.append(data.ctrl[k] - data.qpos[k])
+    assert_allclose(behind[0] - behind[1], 2 * (friction + (viscous + kd) * 0.02) / kp, rtol=0.05)
+
+    data = servo_data(away)  # as fast as it can
+    data.qpos[k], data.ctrl[k] = low, high
+    speeds = []
+    for _ in range(3000):
+        mujoco.mj_step(model, data)
+        speeds.append(data.qvel[k])
+    limit = (2.94 - friction) / viscous
+    assert max(speeds) < 1.02 * limit and (limit > 4 or max(speeds) > 0.9 * limit)
+    assert 2.0 < limit < 6.0  # 4.7 rad/s by the data sheet
+
+    data = servo_data(away)  # a step of 0.1 rad
+    data.ctrl[k] += 0.1
+    mujoco.mj_forward(model, data)
+    column = np.zeros(model.nv)
+    mujoco.mj_mulM(model, data, column, np.eye(model.nv)[k])
+    ratio = min((kd + viscous) / (2 * np.sqrt(kp * column[k])), 0.999)
+    path = []
+    for _ in range(2000):
+        mujoco.mj_step(model, data)
+        path.append(data.qpos[k] - away[k])
+    overshoot = max(path) / 0.1 - 1
+    assert overshoot < np.exp(-np.pi * ratio / np.sqrt(1 - ratio**2)) + 0.02  # of a servo without friction
+    assert abs(path[-1] - 0.1) < friction / kp + 1e-4
 
 
 # Action
@@ -574,7 +789,8 @@ def test_target_is_incremented_by_the_clipped_action_and_held_in_the_control_ran
 )
 def test_control_ticks_interpolate_the_target_linearly(rates, ticks, substeps):
     """One policy step against the same written out by hand on a copy of the physics."""
-    envs = PaperSquareVectorEnv(1, **dict(zip(("physics_hz", "control_hz", "policy_hz"), rates, strict=True)))
+    rates_by_name = dict(zip(("physics_hz", "control_hz", "policy_hz"), rates, strict=True))
+    envs = PaperSquareVectorEnv(1, **rates_by_name, **EXACT)
     assert envs.metadata["render_fps"] == rates[2]
     envs.reset(seed=0)
     envs.step(random_actions(1, 1, seed=1)[0])
@@ -606,6 +822,11 @@ def test_control_ticks_interpolate_the_target_linearly(rates, ticks, substeps):
         ({"hold_steps": 0}, "hold_steps .* found 0"),
         ({"tape_half_size": -0.08}, "tape-half-size"),
         ({"randomize_friction": 1.5}, "randomize-friction"),
+        ({"randomize_stiffness": -0.1}, "randomize-stiffness"),
+        ({"randomize_delay": 31}, "randomize-delay"),
+        ({"randomize_height": 0.03}, "randomize-height"),
+        ({"fixed": {"stiffness": -5}}, "'stiffness' from 0.1"),
+        ({"fixed": {"colour": 1}}, "'colour'"),
     ],
 )
 def test_arguments_that_cannot_be_used(arguments, message):
@@ -656,15 +877,18 @@ def test_observation_table_is_the_observation():
 
 def test_reward_table_gives_the_default_weights_and_every_argument_is_documented():
     rows = documented_table("Rewards", ["term", "default weight", "formula"])
-    parameters = inspect.signature(PaperSquareVectorEnv).parameters
-    defaults = {name[: -len("_weight")]: p.default for name, p in parameters.items() if name.endswith("_weight")}
+    flags = env_kwargs(EnvArgs())
+    defaults = {name[: -len("_weight")]: value for name, value in flags.items() if name.endswith("_weight")}
     assert {term: float(weight) for term, weight, _ in rows} == defaults
     envs = PaperSquareVectorEnv(1)
     envs.reset(seed=0)
     infos = envs.step(np.zeros((1, 6)))[4]
     assert [key for key in infos if key.startswith("reward/")] == [f"reward/{term}" for term, _, _ in rows]
     text = inspect.getdoc(PaperSquareVectorEnv)
-    assert [name for name in parameters if f"`{name}`" not in text] == []
+    parameters = inspect.signature(PaperSquareVectorEnv).parameters
+    assert [name for name in parameters if name != "flags" and f"`{name}`" not in text] == []
+    drawn = documented_table("Starting state", ["name", "what", "default"])
+    assert ", ".join(row[0] for row in drawn).split(", ") == list(DRAWS)
 
 
 def test_action_table_gives_the_joints_and_their_control_ranges():
@@ -679,28 +903,29 @@ def test_action_table_gives_the_joints_and_their_control_ranges():
 # Observation
 
 
-def test_observation_is_the_state_of_the_physics():
-    """Every entry against MuJoCo's, on the full scene; at the start and after moving."""
-    envs = PaperSquareVectorEnv(3, tape_half_size=0.1)
+def test_observation_is_what_a_runner_knows():
+    """Every row against MuJoCo's, of the joint targets and of the sheet as it is seen; at the start and later."""
+    envs = PaperSquareVectorEnv(3, tape_half_size=0.1, observe_measured=True)
     observations, _ = envs.reset(seed=0)
-    for step, actions in enumerate(random_actions(6, 3)):
-        for observation, data in zip(observations, simulations(envs), strict=True):
+    last = np.zeros((3, 6))
+    for step, actions in enumerate(2 * random_actions(6, 3)):
+        for i, observation in enumerate(observations):
             posed = mujoco.MjData(SCENE)
-            posed.qpos[:] = data.qpos
+            posed.qpos[:6] = envs.joint_target[i]
             mujoco.mj_kinematics(SCENE, posed)
-            sheet, fingertip = posed.body("sheet"), posed.site(FINGERTIPS[0])
-            long_axis = sheet.xmat.reshape(3, 3)[:2, 0]
+            fingertip, (x, y, yaw) = posed.site(FINGERTIPS[0]).xpos, envs.seen_pose[i]
             expected = {
-                "joint_pos": data.qpos[:6],
-                "joint_vel": data.qvel[:6],
-                "joint_target_error": data.ctrl - data.qpos[:6],
-                "sheet_pos": sheet.xpos,
-                "sheet_yaw": long_axis[::-1] / np.linalg.norm(long_axis),
-                "sheet_to_square": (posed.site("square").xpos - sheet.xpos)[:2],
-                "fingertip_pos": fingertip.xpos,
-                "fingertip_to_sheet": (sheet.xpos - fingertip.xpos)[:2],
+                "joint_target": envs.joint_target[i],
+                "last_action": last[i],
+                "sheet_pos": (x, y),
+                "sheet_yaw": (np.sin(yaw), np.cos(yaw)),
+                "yaw_error": (np.arctan2(np.sin(4 * yaw), np.cos(4 * yaw)) / 4, np.cos(4 * yaw)),
+                "sheet_to_square": SQUARE_POS - (x, y),
+                "fingertip_pos": fingertip,
+                "fingertip_to_sheet": (x, y) - fingertip[:2],
                 "tape_half_size": 0.1,
                 "hold_counter": 0,
+                "joint_measured": envs.joint_measured[i],
             }
             state = to_si(observation)
             for name, rows in OBS.items():
@@ -710,7 +935,33 @@ def test_observation_is_the_state_of_the_physics():
                 place_sheet(data, 0.1, -0.05, yaw, height=0.05)  # falling, too
                 data.qpos[10] = 0.2  # and tilted
                 data.qpos[9:13] /= np.linalg.norm(data.qpos[9:13])
+        last = np.clip(actions, -1, 1)
         observations, *_ = envs.step(actions)
+
+
+def test_observation_of_one_function_of_plain_arrays_tells_nothing_else():
+    """Two arms that differ in all that is drawn, but are sent and seen alike, observe alike."""
+    known = [np.tile(HOME[:6], (2, 1)), np.zeros((2, 6)), np.tile([0.2, -0.05, 0.4], (2, 1)), np.full(2, 0.08), [3, 3]]
+    rows = make_observation(*map(np.asarray, known))
+    assert rows.shape == (2, OBS_DIM) and rows.dtype == np.float32
+    assert_array_equal(rows[:, OBS["joint_measured"]], 0.0)
+    envs = PaperSquareVectorEnv(2, randomize_noise=0, fixed={"lag": 0, "bias": 0})
+    envs.reset(seed=0)
+    for data in simulations(envs):
+        place_sheet(data, 0.2 - SQUARE_POS[0], -0.05 - SQUARE_POS[1], 0.4)
+    envs._poses[:] = envs.sheet_pose[:, None]
+    assert not np.array_equal(*envs.drawn["stiffness"])
+    assert_array_equal(*envs._observe())
+    assert_allclose(envs._observe()[:, :-7], rows[:, :-7], atol=1e-5)
+
+
+def test_yaw_rows_stay_in_the_range_of_the_networks_and_fold_by_the_squares_symmetry():
+    yaw = np.linspace(-np.pi, np.pi, 721)
+    pose = np.stack([np.full(721, 0.19), np.zeros(721), yaw], axis=1)
+    rows = make_observation(np.tile(HOME[:6], (721, 1)), np.zeros((721, 6)), pose, np.full(721, 0.08), np.zeros(721))
+    turned = rows[:, np.r_[OBS["sheet_yaw"], OBS["yaw_error"]]]
+    assert np.abs(turned).max() <= 5.0 and (np.ptp(turned, axis=0) > 4.0).all()
+    assert_allclose(rows[180:, OBS["yaw_error"]][:, 1], rows[:-180, OBS["yaw_error"]][:, 1], atol=1e-5)  # a quarter on
 
 
 # The scene
@@ -738,6 +989,7 @@ def test_arm_has_the_kinematics_of_an_so101_and_starts_with_the_fingertip_above_
     assert_allclose(point, [0.39923, 0.00022, 0.22628], atol=1e-4)
     data, radius = posed_scene(), SCENE.geom(FINGERTIPS[0]).size[0]
     x, y, z = data.site(FINGERTIPS[0]).xpos
+    assert_allclose(kinematics(HOME[None, :6])[0][0], [x, y, z], atol=1e-12)
     assert radius == 0.008 and abs(z - radius - 0.02) < 0.002 and np.hypot(x - 0.20, y) < 0.01
     assert_array_equal(data.geom(FINGERTIPS[0]).xpos, data.site(FINGERTIPS[0]).xpos)
 
@@ -775,12 +1027,12 @@ def test_golden_rollout():
 
     After a wanted one: UPDATE_GOLDEN=1 pytest tests/test_env.py -k golden
     """
-    envs = PaperSquareVectorEnv(2)
+    envs = PaperSquareVectorEnv(2, observe_measured=True)
     envs.reset(seed=0)
     for data in simulations(envs):
         data.qpos[6:8] = 0.2, 0.0  # under the fingers
     actions = random_actions(20, 2)
-    actions[:, :, 1] += 0.4  # down, so that they touch it
+    actions[:, :, 1] += 1.0  # down, so that they touch it
     observations, rewards, *_ = rollout(envs, actions)
     assert np.ptp(rewards, axis=0).min() > 1e-3  # both sheets were moved
     found = {"observation": observations[-1], "rewards": rewards}
