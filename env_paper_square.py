@@ -242,26 +242,24 @@ def make_observation(
     `sheet_pose` (num_envs, 3) as it is seen, x, y, yaw, m and rad; `tape_half_size` (num_envs,), m; `hold_counter`
     (num_envs,), how many times in a row the sheet was seen inside; `joint_measured` (num_envs, 6), rad, if known.
     """
-    xy, yaw = sheet_pose[:, :2], sheet_pose[:, 2]
+    xy, yaw, quarter = sheet_pose[:, :2], sheet_pose[:, 2], np.pi / 2
     fingertip, _ = kinematics(joint_target)
-    quarter = np.pi / 2
-    state = np.concatenate(
-        [
-            joint_target,
-            last_action,
-            xy,
-            np.stack([np.sin(yaw), np.cos(yaw), yaw - quarter * np.round(yaw / quarter), np.cos(4.0 * yaw)], axis=1),
-            SQUARE_POS - xy,
-            fingertip,
-            xy - fingertip[:, :2],
-            tape_half_size[:, None],
-            hold_counter[:, None],
-            np.broadcast_to(OBS_ZERO[OBS["joint_measured"]], joint_target.shape)
-            if joint_measured is None
-            else joint_measured,
-        ],
-        axis=1,
-    )
+    if joint_measured is None:
+        joint_measured = np.broadcast_to(OBS_ZERO[OBS["joint_measured"]], joint_target.shape)
+    rows = {
+        "joint_target": joint_target,
+        "last_action": last_action,
+        "sheet_pos": xy,
+        "sheet_yaw": np.stack([np.sin(yaw), np.cos(yaw)], axis=1),
+        "yaw_error": np.stack([yaw - quarter * np.round(yaw / quarter), np.cos(4.0 * yaw)], axis=1),
+        "sheet_to_square": SQUARE_POS - xy,
+        "fingertip_pos": fingertip,
+        "fingertip_to_sheet": xy - fingertip[:, :2],
+        "tape_half_size": tape_half_size[:, None],
+        "hold_counter": hold_counter[:, None],
+        "joint_measured": joint_measured,
+    }
+    state = np.concatenate([rows[name] for name in OBS_ROWS], axis=1)
     return ((state - OBS_ZERO) * OBS_SCALE).astype(np.float32)
 
 

@@ -2,7 +2,7 @@
 
     python eval.py --policy jacobian --tape-half-size 0.076                   # a base policy needs no checkpoint
     python eval.py --model-path runs/NAME/last.safetensors --compare-base --plot --save-video
-    python eval.py --model-path runs/NAME/last.safetensors --compare-base --sweep friction 0.4 1.6
+    python eval.py --model-path runs/NAME/last.safetensors --compare-base --sweep friction 0.4 1.6 --sweep delay 0 5
 
 Prints one table, in which each failure has a cause, and writes results.json. Also holds what the training scripts
 evaluate with: `validate`, `report`.
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from base_policies import BASES, BaseFlags, BasePolicy, make_base
 from env_paper_square import POLICY_HZ, SERVO_FRICTION, STIFFNESS, EnvArgs, PaperSquareVectorEnv, nominal_arm, room
-from figures import check_rendering, choose_films, film_episode, plot_results, plot_sweep, watch
+from figures import check_rendering, choose_films, film_episode, plot_results, plot_sweeps, watch
 from runs import (
     ROOT,
     Real,
@@ -96,12 +96,13 @@ class Args(BaseFlags):
     """largest yaw of the sheet's start, rad (default: as the checkpoint is judged, else 0.3)"""
     randomize_arm: bool | None = None
     """whether the arm and how it is seen are randomised (default: as the checkpoint was trained, else True)"""
-    sweep: tuple[Literal[tuple(SWEEPS)], Real[-400, 400], Real[-400, 400]] | None = None
+    sweep: tyro.conf.UseAppendAction[tuple[tuple[Literal[tuple(SWEEPS)], Real[-400, 400], Real[-400, 400]], ...]] = ()
     """also play with one thing from LOW to HIGH, in all episodes: friction, mass (times nominal), stiffness (N.m/rad),
     servo_friction (N.m), height of the table (m), backlash (rad), delay, lag (policy steps); or drawn so widely: xy (m)
-    and yaw (rad) of the sheet's start, offset of the joints (rad), bias and noise of the sheet's pose (m)"""
+    and yaw (rad) of the sheet's start, offset of the joints (rad), bias and noise of the sheet's pose (m); can be
+    repeated, for one after the other"""
     sweep_points: Whole[2, 1000] = 7
-    """values of the sweep; delay and lag take the whole numbers among them"""
+    """values of each sweep; delay and lag take the whole numbers among them"""
     stochastic: bool = False
     """sample the actions of checkpoints instead of taking the mean"""
     num_envs: Whole[1, 32_768] = 64
@@ -415,7 +416,7 @@ def sweep_values(name: str, low: float, high: float, points: int) -> np.ndarray:
 
 
 def run_sweep(policies: dict, tasks: dict, seeds: Sequence[int], num_envs: int, name: str, values: np.ndarray) -> dict:
-    """Play all policies at each value of a sweep, on the same episodes; returns results.json's `sweep`."""
+    """Play all policies at each value of a sweep, on the same episodes; returns an entry of results.json's `sweeps`."""
     rows = {policy: [] for policy in policies}
     for value in values.tolist():
         for key, policy in policies.items():
@@ -438,7 +439,7 @@ def format_sweep(sweep: dict) -> str:
 if __name__ == "__main__":
     args = parse(Args)
     output_dir = Path(args.output_dir)
-    values = sweep_values(*args.sweep, args.sweep_points) if args.sweep else None
+    values = [sweep_values(*sweep, args.sweep_points) for sweep in args.sweep]
     policies, tasks = load_policies(args)
     if args.save_video:
         check_rendering()
@@ -455,12 +456,14 @@ if __name__ == "__main__":
     everything = {"policies": results, "args": asdict(args)}
     write_json(output_dir / "results.json", everything)
     print(format_table(results))
-    if args.sweep:
-        everything["sweep"] = run_sweep(policies, tasks, seeds, args.num_envs, args.sweep[0], values)
+    for (name, *_), points in zip(args.sweep, values, strict=True):
+        sweep = run_sweep(policies, tasks, seeds, args.num_envs, name, points)
+        everything.setdefault("sweeps", []).append(sweep)
         write_json(output_dir / "results.json", everything)
-        print(f"\nsuccess by {args.sweep[0]}:\n{format_sweep(everything['sweep'])}")
-        plot_sweep(everything["sweep"], *SWEEPS[args.sweep[0]], output_dir / f"sweep_{args.sweep[0]}.png")
-        print(f"wrote {output_dir / f'sweep_{args.sweep[0]}.png'}")
+        print(f"\nsuccess by {name}:\n{format_sweep(sweep)}")
+    if args.sweep:
+        plot_sweeps(everything["sweeps"], SWEEPS, output_dir / "sweeps.png")
+        print(f"wrote {output_dir / 'sweeps.png'}")
     print(f"wrote {output_dir / 'results.json'}")
     if args.plot:
         tape_half_size = next(iter(tasks.values())).keywords.get("tape_half_size", EnvArgs.tape_half_size)

@@ -27,19 +27,31 @@ def save_figure(figure, path: Path, dpi: int) -> None:
     pyplot().close(figure)
 
 
-def plot_sweep(sweep: dict, label: str, trained: tuple[float, float] | None, path: Path) -> None:
-    """Success over the values of a sweep, with the 95 % intervals as bands and the range of the trainings."""
+def plot_sweeps(sweeps: list[dict], facts: dict[str, tuple], path: Path) -> None:
+    """Success over the values of each sweep, with the 95 % intervals as bands and the range of the trainings.
+
+    `facts` has of each name what is varied, and that range, as `eval.SWEEPS`.
+    """
     plt = pyplot()
-    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    if trained is not None:
+    columns = min(len(sweeps), 3)
+    rows = -(-len(sweeps) // columns)
+    shape = (3.2 * columns + 3.2 * (columns == 1), 3.0 * rows + (rows == 1))
+    figure, axes = plt.subplots(rows, columns, figsize=shape, layout="constrained", squeeze=False, sharey=True)
+    for axis in axes.flat[len(sweeps) :]:
+        axis.set_axis_off()
+    for sweep, axis in zip(sweeps, axes.flat, strict=False):
+        label, trained = facts[sweep["name"]]
         axis.axvspan(*trained, color="0.9", label="training range")
-    for policy, rows in sweep["policies"].items():
-        (line,) = axis.plot(sweep["values"], [100 * row["success_rate"] for row in rows], marker="o", label=policy)
-        low, high = 100 * np.array([row["ci95"] for row in rows]).T
-        axis.fill_between(sweep["values"], low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    axis.set(xlabel=label, ylabel="success, % (band: 95 % interval)", ylim=(-3, 103))
-    axis.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
+        for policy, points in sweep["policies"].items():
+            (line,) = axis.plot(sweep["values"], [100 * row["success_rate"] for row in points], "o-", label=policy)
+            low, high = 100 * np.array([row["ci95"] for row in points]).T
+            axis.fill_between(sweep["values"], low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        axis.set(xlabel=label, ylim=(-3, 103))
+        axis.xaxis.label.set_size("small")
+        axis.grid(alpha=0.3)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("success, %")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     save_figure(figure, path, dpi=110)
 
 

@@ -132,7 +132,7 @@ def layer_init(layer, std=np.sqrt(2), bias_const=0.0):
 
 def mlp(input_dim, hidden_size, output_dim, std):
     return nn.Sequential(
-        nn.Hardtanh(-5.0, 5.0),  # inputs are of order one, but joint_target_error reaches 100 when the arm pushes
+        nn.Hardtanh(-5.0, 5.0),  # inputs are of order one; what is farther off than any training need not be told apart
         layer_init(nn.Linear(input_dim, hidden_size)),
         nn.Tanh(),
         layer_init(nn.Linear(hidden_size, hidden_size)),

@@ -106,7 +106,8 @@ def describe(kind: Any) -> str:
     limits = [limit for limit in getattr(kind, "__metadata__", ()) if isinstance(limit, Between)]
     if limits:
         return f"from {limits[0].low} to {limits[0].high}"
-    parts = [part for part in get_args(kind) if part is not Ellipsis]
+    parts = get_args(kind)[:1] if get_origin(kind) is Annotated else get_args(kind)
+    parts = [part for part in parts if part is not Ellipsis]
     return " or ".join(map(describe, parts)) or getattr(kind, "__name__", repr(kind))
 
 

@@ -134,7 +134,7 @@ class ResidualPolicy:
 def mlp(input_dim, hidden_size, output_dim, layer_norm=False):
     norm = nn.LayerNorm if layer_norm else nn.Identity
     return nn.Sequential(
-        nn.Hardtanh(-5.0, 5.0),  # inputs are of order one, but joint_target_error reaches 100 when the arm pushes
+        nn.Hardtanh(-5.0, 5.0),  # inputs are of order one; what is farther off than any training need not be told apart
         nn.Linear(input_dim, hidden_size),
         norm(hidden_size),
         nn.ReLU(),

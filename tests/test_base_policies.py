@@ -12,9 +12,7 @@ import base_policies
 from base_policies import (
     BASES,
     CONTACT_HEIGHT,
-    ArmKinematics,
     BaseFlags,
-    FrozenILPolicy,
     HybridPolicy,
     JacobianIKPolicy,
     ZeroPolicy,
@@ -32,6 +30,7 @@ from env_paper_square import (
     SQUARE_POS,
     PaperSquareEnv,
     PaperSquareVectorEnv,
+    kinematics,
     to_si,
 )
 from eval import play_episodes
@@ -70,7 +69,7 @@ def test_kinematics_are_those_of_the_model():
     model = mujoco.MjModel.from_xml_path(str(SCENE_PATH))
     data, site = mujoco.MjData(model), model.site(FINGERTIPS[0]).id
     postures = np.random.default_rng(0).uniform(*model.actuator_ctrlrange.T, (50, 6))
-    positions, jacobians = ArmKinematics()(postures)
+    positions, jacobians = kinematics(postures)
     assert positions.shape == (50, 3) and jacobians.shape == (50, 3, 5)
     for posture, position, jacobian in zip(postures, positions, jacobians, strict=True):
         data.qpos[:6] = posture
@@ -96,7 +95,7 @@ def test_actions_are_in_range_alone_and_of_the_observation_alone(met_observation
     assert np.abs(actions).max() == 1.0  # the faster one was clipped
 
 
-@pytest.mark.parametrize(("act_scale", "speed_limit"), [(0.02, 0.01), (0.05, 0.004)])
+@pytest.mark.parametrize(("act_scale", "speed_limit"), [(0.02, 0.016), (0.05, 0.015)])
 def test_speed_limit_scales_the_whole_step(met_observations, act_scale, speed_limit):
     limited = JacobianIKPolicy(act_scale=act_scale, speed_limit=speed_limit)(met_observations) * act_scale  # rad
     free = JacobianIKPolicy(act_scale=100.0, speed_limit=np.inf)(met_observations) * 100.0
@@ -110,34 +109,22 @@ def test_speed_limit_scales_the_whole_step(met_observations, act_scale, speed_li
 
 def test_errors_are_taken_at_the_joint_targets_not_at_the_joint_angles(met_observations):
     """So a press cannot wind up: where the arm hangs behind its targets makes no difference to the command."""
-    policy, state = JacobianIKPolicy(), to_si(met_observations)
-    lag = np.random.default_rng(0).normal(0.0, 0.02, (len(state), 6))
-    lagging = edited(
-        met_observations,
-        joint_pos=state[:, OBS["joint_pos"]] - lag,
-        joint_target_error=state[:, OBS["joint_target_error"]] + lag,
-    )
-    assert_allclose(policy(lagging), policy(met_observations), rtol=0, atol=1e-3)
-    elsewhere = edited(met_observations, joint_target_error=state[:, OBS["joint_target_error"]] + lag)
+    policy, joint_target = JacobianIKPolicy(), to_si(met_observations)[:, OBS["joint_target"]]
+    lag = np.random.default_rng(0).normal(0.0, 0.02, joint_target.shape)
+    lagging = edited(met_observations, joint_measured=joint_target - lag)
+    assert_array_equal(policy(lagging), policy(met_observations))
+    elsewhere = edited(met_observations, joint_target=joint_target + lag)
     assert np.abs(policy(elsewhere) - policy(met_observations)).max(axis=1).min() > 1e-2
 
 
 # Phases
 
 
-def target_and_command(sheet, fingertip):
-    """The fingertip's target (3,) for a sheet (xy) and a fingertip (xyz), and where the arm is commanded, in m."""
-    policy = JacobianIKPolicy()
-    sheet, fingertip = np.asarray(sheet), np.asarray(fingertip)
-    observations = edited(
-        first_observations(),
-        sheet_pos=[*sheet, 0.0005],
-        sheet_to_square=SQUARE_POS - sheet,
-        fingertip_pos=fingertip,
-        fingertip_to_sheet=sheet - fingertip[:2],
-    )
-    commanded = fingertip + [0.001, -0.002, 0.0005]  # the servos lag a little
-    return policy.fingertip_target(to_si(observations), commanded[None])[0], commanded
+def target(sheet, fingertip):
+    """The fingertip's target (3,) for a sheet (xy) and a fingertip (xyz), in m."""
+    rows = {"sheet_pos": sheet, "sheet_to_square": SQUARE_POS - sheet, "fingertip_pos": fingertip}
+    observations = edited(first_observations(), **rows, fingertip_to_sheet=sheet - fingertip[:2])
+    return JacobianIKPolicy().fingertip_target(to_si(observations), fingertip[None])[0]
 
 
 SHEET = np.array([0.2, -0.08])
@@ -146,7 +133,7 @@ HIGH, LOW = 0.025, CONTACT_HEIGHT
 
 @pytest.mark.parametrize(
     ("sheet", "offset", "height", "way", "target_height"),
-    [  # way: of the target, ahead of where the arm is commanded
+    [  # way: of the target, ahead of the fingertip
         pytest.param(SHEET, [0.03, 0.04], HIGH, "sheet", "hover_height", id="above"),
         pytest.param(SHEET, [0.002, -0.001], HIGH, "sheet", "press_height", id="press"),
         pytest.param(SHEET, [0.004, -0.003], LOW, "square", "press_height", id="drag"),
@@ -156,13 +143,12 @@ HIGH, LOW = 0.025, CONTACT_HEIGHT
     ],
 )
 def test_target_of_each_phase(sheet, offset, height, way, target_height):
-    target, commanded = target_and_command(sheet, [*(sheet + offset), height])
-    assert target[2] == getattr(JacobianIKPolicy(), target_height)
-    expected = {"sheet": sheet - commanded[:2], "square": SQUARE_POS - sheet, None: np.zeros(2)}[way]
+    *xy, z = target(sheet, np.array([*(sheet + offset), height]))
+    assert z == getattr(JacobianIKPolicy(), target_height)
+    expected = {"sheet": -np.array(offset), "square": SQUARE_POS - sheet, None: np.zeros(2)}[way]
     length = np.linalg.norm(expected)
-    assert_allclose(
-        target[:2] - commanded[:2], expected * min(1.0, JacobianIKPolicy.LEAD / max(length, 1e-9)), atol=1e-6
-    )
+    expected = expected * min(1.0, JacobianIKPolicy.LEAD / max(length, 1e-9))
+    assert_allclose(xy - sheet - offset, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -181,11 +167,10 @@ def test_target_of_each_phase(sheet, offset, height, way, target_height):
     ],
 )
 def test_drag_is_held_on_to_over_a_wider_radius_than_it_takes_to_begin(offset, height, phase):
-    target, commanded = target_and_command(SHEET, [*(SHEET + [offset, 0.0]), height])
-    policy = JacobianIKPolicy()
-    assert target[2] == (policy.hover_height if phase == "above" else policy.press_height)
-    way = SQUARE_POS - SHEET if phase == "drag" else SHEET - commanded[:2]
-    (dx, dy), (way_x, way_y) = target[:2] - commanded[:2], way
+    fingertip, policy = np.array([*(SHEET + [offset, 0.0]), height]), JacobianIKPolicy()
+    dx, dy, _ = target(SHEET, fingertip) - fingertip
+    assert target(SHEET, fingertip)[2] == (policy.hover_height if phase == "above" else policy.press_height)
+    way_x, way_y = SQUARE_POS - SHEET if phase == "drag" else SHEET - fingertip[:2]
     assert dx * way_y == pytest.approx(dy * way_x, abs=1e-6) and dx * way_x + dy * way_y > 0
 
 
@@ -307,12 +292,15 @@ class CountingNetwork:
         return state[:, None] + moves.cumsum(1)[:, :, None]
 
 
-def frozen(monkeypatch, act_scale=np.pi, **attributes):
+def frozen(monkeypatch, act_scale=np.pi, joints="commanded", observe_measured=True, **attributes):
     network = CountingNetwork()
     vars(network).update(attributes)
     script = SimpleNamespace(make_network=lambda checkpoint: network)
     monkeypatch.setattr(base_policies, "load_module", lambda name, defines: script)
-    return FrozenILPolicy({"script": "imitator"}, act_scale=act_scale)
+    checkpoint = {"script": "imitator", **({"args": {"joints": joints}} if joints else {})}  # LeRobot has no args
+    return make_base(
+        "il", SimpleNamespace(observe_measured=observe_measured), act_scale=act_scale, checkpoint=checkpoint
+    )
 
 
 def moved(policy, observations, mask=None):
@@ -325,27 +313,46 @@ def test_lerobot_units_are_degrees_and_percent_of_the_grippers_travel():
     assert_allclose(joints_to_lerobot(low), [*np.rad2deg(low[:5]), 0.0], atol=1e-9)
     assert_allclose(joints_to_lerobot(high), [*np.rad2deg(high[:5]), 100.0])
     assert_allclose(joints_to_rad(joints_to_lerobot(low + 0.3 * (high - low))), low + 0.3 * (high - low))
-    state, environment_state = to_lerobot(first_observations(3), PaperSquareVectorEnv)
+    observations = edited(first_observations(3), joint_measured=low)
+    state, environment_state = to_lerobot(observations, PaperSquareVectorEnv)
     assert state.dtype == environment_state.dtype == np.float32
     assert_allclose(state[0], [0.0, np.rad2deg(-0.14), np.rad2deg(0.52), np.rad2deg(1.19), 0.0, 24.716], atol=0.05)
-    assert_array_equal(environment_state, first_observations(3)[:, 18:])
+    assert_array_equal(environment_state, observations[:, 12:27])  # all but the joints and the last action
+    state, environment_state = to_lerobot(observations, PaperSquareVectorEnv, measured=True)
+    assert_allclose(state, joints_to_lerobot(low)[None].repeat(3, axis=0), atol=1e-4)
+    assert_array_equal(environment_state, observations[:, 12:27])
+
+
+@pytest.mark.parametrize(("joints", "row"), [("commanded", 0.1), ("measured", 0.2), (None, 0.2)])
+def test_a_network_sees_the_joints_that_it_was_trained_on(monkeypatch, joints, row):
+    policy, seen = frozen(monkeypatch, joints=joints), []
+    policy.network.predict = lambda state, _: seen.append(state) or state[:, None].expand(-1, 4, -1)
+    observations = edited(first_observations(2), joint_target=np.full(6, 0.1), joint_measured=np.full(6, 0.2))
+    assert_allclose(policy(observations) * policy.act_scale, row - 0.1, atol=1e-6)  # on from the joint target
+    assert_allclose(seen[0], joints_to_lerobot(np.full((2, 6), row)), atol=1e-4)
+    assert policy.measured == (row == 0.2)
+    if policy.measured:
+        with pytest.raises(UserError, match="add --observe-measured"):
+            frozen(monkeypatch, joints=joints, observe_measured=False)
+    else:
+        frozen(monkeypatch, joints=joints, observe_measured=False)
 
 
 def test_a_chunk_is_played_as_increments_and_asked_for_again_when_used_up(monkeypatch):
-    policy, observations = frozen(monkeypatch), first_observations()
-    offset = np.rad2deg(to_si(observations)[0, OBS["joint_target_error"]][0])  # the first target is the network's own
-    assert_allclose(moved(policy, observations), 0.0 - offset, atol=1e-4)
-    far = edited(observations, joint_pos=np.full(6, 0.5))  # a residual took the arm away: the chunk goes on from there
+    policy, lag = frozen(monkeypatch, joints="measured"), np.rad2deg(0.02)  # the first target is the network's own
+    observations = edited(first_observations(), joint_target=np.zeros(6), joint_measured=np.full(6, -0.02))
+    assert_allclose(moved(policy, observations), 0.0 - lag, atol=1e-4)
+    # A residual took the arm away: the chunk goes on from there
+    far = edited(observations, joint_target=np.full(6, 0.5), joint_measured=np.full(6, 0.48))
     assert_allclose(moved(policy, far), 0.1, atol=1e-4)
     assert_allclose(moved(policy, far), 0.2, atol=1e-4)
     assert policy.network.asked == 1
-    assert_allclose(moved(policy, far), 1.0 - offset, atol=1e-4)  # three of four were played
-    assert_allclose(moved(policy, edited(far, joint_target_error=np.full(6, 0.01))), 1.1, atol=1e-4)
+    assert_allclose(moved(policy, far), 1.0 - lag, atol=1e-4)  # three of four were played
+    assert_allclose(moved(policy, edited(far, joint_measured=np.full(6, 0.4))), 1.1, atol=1e-4)
 
 
 def test_chunks_and_pointers_are_each_environments_own(monkeypatch):
-    policy = frozen(monkeypatch)
-    observations = edited(first_observations(3), joint_target_error=np.zeros(6))
+    policy, observations = frozen(monkeypatch), first_observations(3)
     policy.reset(np.ones(3, dtype=bool))
     assert_allclose(moved(policy, observations), [0.0, 1.0, 2.0], atol=1e-4)
     policy.reset(np.array([False, True, False]))  # the second starts an episode: a new chunk, the others go on
@@ -368,7 +375,7 @@ def test_temporal_ensemble_is_the_weighted_mean_of_all_predictions_for_a_step(mo
         return chunks[-1]
 
     policy.network.predict = predict
-    observations = edited(first_observations(2), joint_pos=np.zeros(6), joint_target_error=np.zeros(6))
+    observations = edited(first_observations(2), joint_target=np.zeros(6))
     starts = np.zeros(2, dtype=int)  # the second environment starts an episode at step 3
     for step in range(8):
         if step == 3:
@@ -385,10 +392,9 @@ def test_temporal_ensemble_is_the_weighted_mean_of_all_predictions_for_a_step(mo
 def test_increments_are_clipped_and_a_reset_forgets_another_number_of_environments(monkeypatch):
     policy = frozen(monkeypatch)
     for num_envs in (3, 1, 2):
-        observations = edited(first_observations(num_envs), joint_target_error=np.zeros(6))
         policy.reset(np.ones(num_envs, dtype=bool))
         first = policy.network.asked
-        assert_allclose(moved(policy, observations), first + np.arange(num_envs), atol=1e-4)
+        assert_allclose(moved(policy, first_observations(num_envs)), first + np.arange(num_envs), atol=1e-4)
     policy = frozen(monkeypatch, act_scale=0.02)
     policy.network.asked = 5
     assert_array_equal(policy(first_observations(2)), np.ones((2, 6)))

@@ -272,11 +272,10 @@ ROW = {  # a row of the observation, and a parameter of the task
     "PaperSquare-v0": "Mine-v0",
     "env_paper_square:": "env_mine:",
     '    "hold_counter": (': '    "height": ([0.0], [10.0]),\n    "hold_counter": (',
-    "                self._hold_counter[:, None],":
-        "                self._fingertip[:, 2:] + self.lift,\n                self._hold_counter[:, None],",
+    '        "hold_counter": hold': '        "height": fingertip[:, 2:] + lift,\n        "hold_counter": hold',
+    "    hold_counter: np.ndarray,\n": "    hold_counter: np.ndarray,\n    lift: float,\n",
+    "self._tape_half_size, self._seen_inside\n": "self._tape_half_size, self._seen_inside, self.lift\n",
     "    reach_weight: Real": '    lift: Real[-1, 1] = 0.0\n    """added to the height, m"""\n    reach_weight: Real',
-    "        reach_weight: float = 0.0,": "        reach_weight: float = 0.0,\n        lift: float = 0.0,",
-    "        self.reach_weight = reach_weight": "        self.reach_weight, self.lift = reach_weight, lift",
 }  # fmt: skip
 
 
@@ -294,7 +293,7 @@ def test_a_policy_is_judged_and_recorded_in_the_environment_it_was_trained_in(sc
     assert env["module"] == "env_mine" and env["kwargs"]["lift"] == 0.5 and "height" in env["rows"]
     assert_can_be_played(project, run_dir)
     state = recording(project / "recorded", "observation.environment_state")
-    assert state.shape[1] == 15 and state[:, -2].min() > 4.9  # the fingertip's height, lifted
+    assert state.shape[1] == 16 and state[:, -2].min() > 4.9  # the fingertip's height, lifted
     imitated = run(project, f"act.py {SHORT['act']} --dataset recorded --exp-name imitation")
     assert imitated.code == 0, imitated.err
     (imitation,) = project.glob("runs/imitation__*/last.safetensors")

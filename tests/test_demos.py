@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import imageio
@@ -25,8 +26,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import lerobot_dataset
 import record_demos
-from base_policies import ArmKinematics, JacobianIKPolicy, ZeroPolicy, joint_targets, joints_to_lerobot, joints_to_rad
-from env_paper_square import OBS, SCENE_PATH, EnvArgs, PaperSquareVectorEnv, eval_kwargs, to_si
+from base_policies import JacobianIKPolicy, ZeroPolicy, joint_targets, joints_to_lerobot, joints_to_rad
+from env_paper_square import OBS, SCENE_PATH, EnvArgs, PaperSquareVectorEnv, eval_kwargs, kinematics, to_si
 from eval import VALIDATION_SEED
 from figures import check_rendering
 from lerobot_dataset import KEYS, Dataset, load_demos, load_task, make_features
@@ -139,7 +140,7 @@ def test_files_and_info_json_are_those_of_the_format(written):
         "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
         "video_path": None,
     }
-    for key, size in zip(KEYS, (6, 14, 6), strict=True):
+    for key, size in zip((*KEYS, "commanded"), (6, 15, 6, 6), strict=True):
         feature = features.pop(key)
         assert (feature["dtype"], feature["shape"], len(set(feature["names"]))) == ("float32", [size], size)
     scalars = {"next.reward": "float32", "next.done": "bool", "next.success": "bool", "timestamp": "float32"}
@@ -157,8 +158,8 @@ def statistics(values):
 
 
 def test_frames_episodes_and_statistics(written, episodes):
-    kinds = {"observation.state": pa.list_(pa.float32(), 6), "action": pa.list_(pa.float32(), 6)}
-    kinds |= {"observation.environment_state": pa.list_(pa.float32(), 14), "next.reward": pa.float32()}
+    kinds = dict.fromkeys(("observation.state", "action", "commanded"), pa.list_(pa.float32(), 6))
+    kinds |= {"observation.environment_state": pa.list_(pa.float32(), 15), "next.reward": pa.float32()}
     kinds |= {"next.done": pa.bool_(), "next.success": pa.bool_(), "timestamp": pa.float32()}
     kinds |= dict.fromkeys(("frame_index", "episode_index", "index", "task_index"), pa.int64())
     start = 0
@@ -166,7 +167,7 @@ def test_frames_episodes_and_statistics(written, episodes):
         name, length = f"chunk-000/file-00{k // 3}.parquet", len(episode["action"])
         frames = pq.ParquetFile(written / "data" / name).read_row_group(k % 3)  # one each
         assert dict(zip(frames.column_names, frames.schema.types, strict=True)) == kinds
-        for key in (*KEYS, "next.reward", "next.done", "next.success"):
+        for key in (*KEYS, "commanded", "next.reward", "next.done", "next.success"):
             assert frames[key].to_pylist() == episode[key].tolist()
         assert_array_equal(frames["frame_index"], np.arange(length))
         assert_array_equal(frames["index"], start + np.arange(length))
@@ -187,13 +188,13 @@ def test_frames_episodes_and_statistics(written, episodes):
             "meta/episodes/file_index": k // 3,
         }
         assert len(found) == len(kinds) * 10
-        for key in (*KEYS, "next.reward", "next.done"):
+        for key in (*KEYS, "commanded", "next.reward", "next.done"):
             for name, expected in statistics(episode[key].reshape(length, -1).astype(float)).items():
                 assert_allclose(found[f"stats/{key}/{name}"], expected, atol=1e-9)
         start += length
     stats = json_of(written, "stats")
     assert stats.keys() == kinds.keys()
-    for key in (*KEYS, "next.reward", "next.success"):
+    for key in (*KEYS, "commanded", "next.reward", "next.success"):
         expected = statistics(joined(episodes, key).reshape(201, -1).astype(float))
         parts = [statistics(episode[key].astype(float)) for episode in episodes]
         for name in QUANTILES:  # as LeRobot merges them
@@ -228,6 +229,28 @@ def test_load_demos_returns_what_was_recorded(written, episodes, num_episodes):
         assert_array_equal(values, joined(wanted, key))
     assert demos["episode"].dtype == np.int64
     assert_array_equal(demos["episode"], np.repeat(np.arange(len(wanted)), [len(e["action"]) for e in wanted]))
+
+
+def test_load_demos_has_the_commanded_joints_of_the_column_or_else_of_the_actions_before(dataset, episodes):
+    commanded, measured = load_demos(dataset, joints="commanded"), load_demos(dataset)
+    assert_array_equal(commanded["state"], joined(episodes, "commanded"))
+    assert np.abs(commanded["state"] - measured["state"]).max(axis=0)[:5].min() > 1.0  # deg
+    for key in ("action", "environment_state", "episode"):
+        assert_array_equal(commanded[key], measured[key])
+    nan = lambda rows: pa.array([[np.nan] * 6, *rows[1:]], pa.list_(pa.float32(), 6))  # noqa: E731
+    edit_table(dataset / DATA, commanded=nan)
+    refused(partial(load_demos, joints="commanded"), dataset, "commanded is not finite")
+    assert_array_equal(load_demos(dataset)["state"], measured["state"])  # which does without
+
+    features = json_of(dataset, "info")["features"]  # LeRobot's own
+    edit_json(dataset / "meta" / "info.json", features={key: features[key] for key in features if key != "commanded"})
+    for path in (dataset / "data").rglob("*.parquet"):
+        pq.write_table(pq.read_table(path).drop_columns("commanded"), path)
+    before = [np.vstack([episode["observation.state"][:1], episode["action"][:-1]]) for episode in episodes]
+    for count in (7, 3):
+        demos = load_demos(dataset, count, joints="commanded")
+        assert_array_equal(demos["state"], np.concatenate(before[:count]))
+        assert demos.keys() == measured.keys() and demos["state"].dtype == np.float32
 
 
 def test_load_demos_reads_other_layouts(dataset, episodes):
@@ -434,20 +457,34 @@ def test_units_are_those_of_lerobot():
     assert_allclose(joints_to_lerobot(high)[5], 100.0)
     episode = record(1, 1, steps=2, policy=played(lambda obs: np.eye(6)[[5] * len(obs)]))[0]
     percent = 100 * (HOME[5] - low[5]) / (high[5] - low[5])
-    assert_allclose(episode["observation.state"][0], [*np.degrees(HOME[:5]), percent], atol=1e-4)
+    assert_allclose(episode["commanded"][0], [*np.degrees(HOME[:5]), percent], atol=1e-4)
+    assert_allclose(episode["observation.state"][0], episode["commanded"][0], atol=0.09)  # a tick of the encoder
     assert_allclose(episode["action"][:, 5], percent + 100 * 0.02 * np.array([1, 2]) / (high[5] - low[5]), atol=1e-3)
 
 
+def test_states_are_joints_as_servos_report_them_and_commanded_are_the_targets_before_the_action():
+    envs, truth, tick, offset = make_envs(fixed={"offset": 0.01}), [], EnvArgs.encoder_tick, [0.01] * 5 + [0.0]
+    act = lambda obs: (truth.append(envs._qpos[0, :6].copy()), JacobianIKPolicy()(obs))[1]  # noqa: E731
+    (episode,) = record_episodes(played(act), envs, 3, 1)
+    state, commanded = (joints_to_rad(episode[key].astype(float)) for key in ("observation.state", "commanded"))
+    assert_allclose(state / tick, np.floor((np.array(truth) - offset) / tick), atol=1e-3)
+    assert_allclose(commanded[0], HOME, atol=1e-6)
+    assert_allclose(episode["commanded"][1:], episode["action"][:-1], atol=1e-4)
+    assert np.abs(commanded - state)[20:, 1:4].max(axis=0).min() > 0.01  # soft servos are behind
+
+
 def test_replaying_the_recorded_targets_gives_the_recorded_states():
-    episode, envs = record(1, 1, steps=120, seed=5)[0], make_envs(steps=120)
+    recorded, envs = (make_envs(steps=120, encoder_tick=0) for _ in range(2))  # in ticks, rounding would tell
+    (episode,) = record_episodes(JacobianIKPolicy(), recorded, 5, 1)
     obs, _ = envs.reset(seed=5)
     target, moved = HOME, 0.0
     for k, wanted in enumerate(joints_to_rad(episode["action"].astype(float))):
-        si = to_si(obs)[0]
-        assert_allclose(episode["observation.state"][k], joints_to_lerobot(si[OBS["joint_pos"]]), atol=2e-3)
-        sheet = episode["observation.environment_state"][k][:2] / 10.0 + [0.19, 0.0]  # m, OBS_ROWS' scale and zero
-        assert_allclose(sheet, si[OBS["sheet_pos"]][:2], atol=1e-5)
-        moved = max(moved, np.abs(sheet - [0.19, -0.09]).max())
+        sheet = to_si(obs)[0, OBS["sheet_pos"]]
+        assert_allclose(episode["observation.state"][k], joints_to_lerobot(envs.joint_measured[0]), atol=2e-3)
+        assert_allclose(episode["commanded"][k], joints_to_lerobot(target), atol=2e-3)
+        seen = episode["observation.environment_state"][k][:2] / 10.0 + [0.19, 0.0]  # m, OBS_ROWS' scale and zero
+        assert_allclose(seen, sheet, atol=1e-5)
+        moved = max(moved, np.abs(envs.sheet_pose[0, :2] - [0.19, -0.09]).max())
         obs, rewards, terminations, truncations, _ = envs.step((wanted - target)[None] / envs.act_scale)
         assert_allclose(episode["next.reward"][k], rewards[0], atol=1e-5)
         assert episode["next.done"][k] == (terminations[0] or truncations[0])
@@ -507,8 +544,9 @@ def test_noise_is_stationary_and_correlated_and_in_what_is_executed_only(monkeyp
     episode = record(1, 1, steps=25, policy=played(lambda obs: always), noise_std=0.2, noise_correlation=0.5)[0]
     assert_allclose(np.array(executed) - always, draw_noise(0, 25, 0.2, 0.5))
     reached = HOME + 0.02 * np.cumsum(np.clip(executed, -1, 1), axis=0)  # rad, joint targets after each step
-    wanted = np.vstack([HOME, reached[:-1]]) + 0.02 * always
-    assert_allclose(joints_to_rad(episode["action"].astype(float)), wanted, atol=1e-5)
+    before = np.vstack([HOME, reached[:-1]])
+    assert_allclose(joints_to_rad(episode["commanded"].astype(float)), before, atol=1e-5)
+    assert_allclose(joints_to_rad(episode["action"].astype(float)), before + 0.02 * always, atol=1e-5)
 
 
 def test_episodes_do_not_depend_on_num_envs():
@@ -766,7 +804,7 @@ def home_obs():
 
 def moved_by(obs, action):
     """Motion (6,) of fingertip, pitch, heading and gripper that an action (1, 6) makes."""
-    before, kinematics = joint_targets(to_si(obs), PaperSquareVectorEnv), ArmKinematics()
+    before = joint_targets(to_si(obs), PaperSquareVectorEnv)
     pose = [
         np.column_stack([kinematics(q)[0], q[:, 1:4].sum(axis=1), q[:, 0] - q[:, 4], q[:, 5]])[0]
         for q in (before, before + 0.02 * action)
@@ -784,14 +822,14 @@ def test_each_key_moves_the_arm_by_its_motion_and_other_keys_do_nothing(home_obs
     for name, (axis, sign) in DIRECTIONS.items():
         motion = key_to_motion(CODES.get(name) or ord(name))
         assert np.flatnonzero(motion).tolist() == [axis] and np.sign(motion[axis]) == sign
-        action = motion_to_action(targets, 0.1 * motion[None], 0.02, ArmKinematics())
+        action = motion_to_action(targets, 0.1 * motion[None], 0.02)
         assert np.abs(action).max() < 1.0
         error = np.abs(moved_by(home_obs, action) - 0.1 * motion)
         assert error[:3].max() < 3e-5 and error[3:].max() < 5e-4  # m, rad
     for key in (ord("Q"), ord(" "), 256, 300):
         assert not key_to_motion(key).any()
     fast = np.array([[0.03, -0.02, 0.0, 0.0, 0.0, 0.1]])  # is scaled as a whole
-    fast, slow = (motion_to_action(targets, scale * fast, 0.02, ArmKinematics()) for scale in (1.0, 0.1))
+    fast, slow = (motion_to_action(targets, scale * fast, 0.02) for scale in (1.0, 0.1))
     assert_allclose(np.abs(fast).max(), 1.0)
     assert_allclose(fast / np.linalg.norm(fast), slow / np.linalg.norm(slow))
 

@@ -1,4 +1,4 @@
-"""eval.py and figures.py: episodes, causes of failure, disturbances, overrides of the task, plots and films."""
+"""eval.py and figures.py: episodes, causes of failure, sweeps, overrides of the task, plots and films."""
 
 import json
 from functools import partial
@@ -11,7 +11,7 @@ import eval as evaluation
 import figures
 import runs
 from base_policies import JacobianIKPolicy, ZeroPolicy
-from env_paper_square import OBS, SHEET_HALF_SIZE, PaperSquareVectorEnv, room, to_si
+from env_paper_square import SHEET_HALF_SIZE, EnvArgs, PaperSquareVectorEnv, room
 
 ASSETS = {path.stem: str(path) for path in sorted((ROOT / "assets").glob("*.safetensors"))}
 SEEDS = range(2_000_000, 2_000_003)
@@ -64,7 +64,7 @@ def test_summary_uses_the_wilson_interval():
     centre, half = p + z * z / (2 * n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     np.testing.assert_allclose(row["ci95"], [(centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)])
     assert row["median_time_to_success_s"] == 2.0 and row["residual_norm_by_step"] == [1.2346, 0.5]
-    assert row["fingertip_force_n"] == {"median": 2.0, "max": 9.0}
+    assert row["fingertip_force_n"] == {"median": 2.0, "p99": pytest.approx(8.86), "max": 9.0}
     assert list(row["failures"].items()) == [("turned", 69), ("moved", 1)]
     assert evaluation.format_table({"base": row}).endswith("  69 turned, 1 moved")
     assert evaluation.format_table({"base": {**row, "failures": {}}}).endswith("  -")
@@ -141,10 +141,9 @@ class ScriptedEnvs(PaperSquareVectorEnv):
 
 
 def test_play_records_what_tells_failures_apart():
-    for num_envs in (5, 2):
-        episodes = evaluation.play_episodes(
-            ZeroPolicy(), range(5), partial(ScriptedEnvs, max_episode_steps=45), num_envs
-        )
+    for num_envs, fixed in ((5, {}), (2, {"bias": 0.05, "lag": 9})):  # whatever the policy sees
+        task = partial(ScriptedEnvs, max_episode_steps=45, fixed=fixed)
+        episodes = evaluation.play_episodes(ZeroPolicy(), range(5), task, num_envs)
         expected = ["left the square", "turned", "off-centre", "time ran out", "out of reach"]
         assert episodes["failure"].tolist() == expected
         assert episodes["approach_m"][3] == pytest.approx(0.03, abs=0.001)
@@ -152,122 +151,106 @@ def test_play_records_what_tells_failures_apart():
     assert set(episodes["failure"]) == {"never touched"}  # in the environments' later episodes too
 
 
-# Disturbances
-
-
 class Counting:
-    """Acts by its step in the episode, (i + 1) / 100 at step i, and has a residual of that norm."""
+    """Has a residual of norm k / 100 at step k of an episode."""
 
     def __call__(self, obs):
         self.steps += 1
-        actions = np.zeros((len(obs), 6))
-        actions[:, 0] = self.steps / 100
-        self.residual_action = actions
-        return actions
+        self.residual_action = np.eye(6)[:1] * self.steps[:, None] / 100
+        return np.zeros((len(obs), 6))
 
     def reset(self, mask):
         self.steps = np.where(mask, 0, getattr(self, "steps", np.zeros(len(mask))))
 
 
-@pytest.mark.parametrize("delay", [0, 1, 3, 20])
-def test_actions_arrive_so_many_steps_late_and_residuals_are_averaged_over_those_playing(delay):
-    log = []
-
-    class RecordingEnvs(PaperSquareVectorEnv):
-        """Ends each environment's episodes after a length of its own, and keeps the first entry of every action."""
+def test_residuals_are_averaged_over_the_episodes_that_are_played():
+    class Uneven(PaperSquareVectorEnv):
+        """Ends each environment's episodes after a length of its own."""
 
         def step(self, actions):
             obs, rewards, terminations, _, infos = super().step(actions)
-            log.append((self._episode_steps.copy(), np.array(actions)[:, 0], ~self.paused))
             return obs, rewards, terminations, self._episode_steps >= 5 + 2 * np.arange(self.num_envs), infos
 
-    episodes = evaluation.play_episodes(Counting(), range(8), RecordingEnvs, 3, disturbance=("delay", delay))
-    longest = int(episodes["length"].max())
-    assert len(set(episodes["length"])) == 3
-    for steps, actions, playing in log:
-        expected = np.maximum(steps - delay, 0) / 100  # zero until the first one arrives
-        np.testing.assert_allclose(actions[playing], expected[playing])
-    np.testing.assert_allclose(episodes["residual_norm_by_step"], np.arange(1, longest + 1) / 100)
+    episodes = evaluation.play_episodes(Counting(), range(8), Uneven, 3)
+    assert set(episodes["length"]) == {5, 7, 9}
+    np.testing.assert_allclose(episodes["residual_norm_by_step"], np.arange(1, 10) / 100)
+    np.testing.assert_allclose(episodes["residual_norm"], (episodes["length"] + 1) / 200)
 
 
-DISTURBANCES = {  # name: a value that disturbs nothing, and one that disturbs
-    "friction": (1.0, 0.5), "mass": (1.0, 2.0), "xy": (0.05, 0.02), "yaw": (0.3, 0.1), "noise": (0.0, 0.003),
-    "delay": (0, 3),
+# Sweeps
+
+SWEPT = {  # name: a value that policies are not trained for
+    "friction": 0.5, "mass": 2.0, "stiffness": 8.0, "servo_friction": 0.6, "height": -0.005, "backlash": 0.03,
+    "delay": 7, "lag": 9, "xy": 0.02, "yaw": 0.1, "offset": 0.05, "bias": 0.01, "noise": 0.003,
 }  # fmt: skip
 
 
+def draws(task):
+    """What the episodes of `SEEDS` draw, by name, the noise of their first observations, and the ticks."""
+    envs = task(3)
+    envs.reset(seed=list(SEEDS))
+    noise = envs.seen_pose - envs.sheet_pose - envs.drawn["bias"]
+    return {**envs.drawn, "noise": noise, "tick": envs.encoder_tick}
+
+
+@pytest.mark.parametrize("randomize_arm", [True, False])
 @pytest.mark.parametrize("name", evaluation.SWEEPS)
-def test_a_disturbance_of_nothing_changes_no_bit_and_others_change_every_outcome(name):
-    nothing, much = DISTURBANCES[name]
-    task = partial(PaperSquareVectorEnv, max_episode_steps=120)
+def test_a_sweep_sets_one_thing_or_scales_how_widely_it_is_drawn_and_leaves_all_others(name, randomize_arm):
+    task = partial(PaperSquareVectorEnv, randomize_arm=randomize_arm)
+    before, after = draws(task), draws(evaluation.disturbed(task, name, SWEPT[name]))
+    expected = np.full_like(before[name], SWEPT[name])
+    if name in evaluation.SCALES:
+        expected = draws(PaperSquareVectorEnv)[name] * SWEPT[name] / getattr(EnvArgs, f"randomize_{name}")
+    np.testing.assert_allclose(after.pop(name), expected, atol=1e-12)
+    for other, value in after.items():
+        np.testing.assert_allclose(value, before[other], atol=1e-12, err_msg=other)
+
+
+@pytest.mark.parametrize("name", evaluation.SWEEPS)
+def test_a_sweep_changes_every_outcome_however_many_environments_play(name):
+    held = []
+
+    class Keeping(PaperSquareVectorEnv):
+        def step(self, actions):
+            held.append(self.drawn.get(name, np.zeros(0)).copy())
+            return super().step(actions)
+
+    task = partial(Keeping, max_episode_steps=120)
     plain = evaluation.play_episodes(JacobianIKPolicy(), SEEDS, task)
-    same = evaluation.play_episodes(JacobianIKPolicy(), SEEDS, task, disturbance=(name, nothing))
-    many, few = (evaluation.play_episodes(JacobianIKPolicy(), SEEDS, task, n, disturbance=(name, much)) for n in (3, 2))
-    for key in (*OUTCOME, "forces"):
-        np.testing.assert_array_equal(plain[key], same[key])
+    held.clear()
+    swept = evaluation.disturbed(task, name, SWEPT[name])
+    many, few = (evaluation.play_episodes(JacobianIKPolicy(), SEEDS, swept, n) for n in (3, 2))
     assert (plain["return"] != many["return"]).all()
     np.testing.assert_array_equal(many["return"], few["return"])
+    if name not in evaluation.SCALES:
+        assert all((values == SWEPT[name]).all() for values in held)  # in the environments' later episodes too
 
 
-@pytest.mark.parametrize("name", ["friction", "mass"])
-def test_factors_reach_the_simulation(name):
-    made = []
-    for factor in (1.0, 0.5):
-        task = lambda *args, **kwargs: made.append(SHORT(*args, **kwargs)) or made[-1]  # noqa: E731
-        evaluation.play_episodes(ZeroPolicy(), SEEDS, task, disturbance=(name, factor))
-    nominal, scaled = made
-    sheet, geom = nominal.model.body("sheet").id, nominal.model.geom("sheet").id
-    touching = (nominal.model.pair_geom1 == geom) | (nominal.model.pair_geom2 == geom)
-    friction, mass = (0.5, 1.0) if name == "friction" else (1.0, 0.5)
-    for i in range(len(SEEDS)):
-        ours, theirs = scaled.batch.get_model(i), nominal.batch.get_model(i)
-        factors = np.where(touching, friction, 1.0)[:, None]
-        np.testing.assert_allclose(ours.pair_friction, factors * theirs.pair_friction)
-        np.testing.assert_allclose(ours.body_mass[sheet], mass * theirs.body_mass[sheet])
-        np.testing.assert_allclose(ours.body_inertia[sheet], mass * theirs.body_inertia[sheet])
-
-
-def test_noise_moves_the_sheet_alone_and_consistently():
-    envs = PaperSquareVectorEnv(400)
-    obs, _ = envs.reset(seed=0)
-    noise, seen = evaluation.Disturbance("noise", 0.004), []
-    for _ in range(2):
-        noise.start(envs)
-        noise.reset(np.ones(400, dtype=bool), range(400))
-        seen += [noise.observe(obs), noise.observe(obs)]
-    np.testing.assert_array_equal(seen[0], seen[2])  # the same again
-    assert (seen[0] != seen[1]).any()  # and new at every step
-    before, after = to_si(obs), to_si(seen[0])
-    change = {name: (after - before)[:, rows] for name, rows in OBS.items()}
-    xy = change["sheet_pos"][:, :2]
-    assert xy.std(axis=0) == pytest.approx(0.004, rel=0.15)
-    np.testing.assert_allclose(change.pop("sheet_to_square"), -xy, atol=1e-7)
-    np.testing.assert_allclose(change.pop("fingertip_to_sheet"), xy, atol=1e-7)
-    assert not change.pop("sheet_pos")[:, 2].any()
-    yaws = [np.arctan2(*state[:, OBS["sheet_yaw"]].T) for state in (before, after)]
-    assert (yaws[1] - yaws[0]).std() == pytest.approx(0.04, rel=0.15)
-    np.testing.assert_allclose(np.linalg.norm(after[:, OBS["sheet_yaw"]], axis=1), 1.0, atol=1e-6)
-    assert change.pop("sheet_yaw").any() and not any(rows.any() for rows in change.values())
-
-
-def test_a_sweep_writes_a_table_a_plot_and_json(monkeypatch, tmp_path, capsys):
-    flags = "--policy jacobian zero --n-episodes 2 --sweep delay 0 2.5 --sweep-points 5"
-    results = run_eval(flags, monkeypatch, tmp_path)
-    sweep = results["sweep"]
-    assert sweep["name"] == "delay" and sweep["values"] == [0, 1, 2]
-    assert set(sweep["policies"]) == set(results["policies"]) == {"jacobian", "zero"}
-    for name, rows in sweep["policies"].items():
-        assert len(rows) == 3 and rows[0].items() <= results["policies"][name].items()  # no delay is the evaluation
-    assert (tmp_path / "eval_results" / "sweep_delay.png").stat().st_size > 10_000
-    assert "\n0      100.0 %   0.0 %\n" in capsys.readouterr().out
+def test_sweeps_write_tables_a_plot_and_json(monkeypatch, tmp_path, capsys):
+    flags = "--policy jacobian zero --n-episodes 2 --randomize-arm False --sweep-points 5"
+    results = run_eval(f"{flags} --sweep delay 0 2.5 --sweep height -0.002 0.002", monkeypatch, tmp_path)
+    delay, height = results["sweeps"]
+    assert (delay["name"], delay["values"]) == ("delay", [0, 1, 2])
+    assert (height["name"], height["values"]) == ("height", pytest.approx([-0.002, -0.001, 0.0, 0.001, 0.002]))
+    for name, row in results["policies"].items():  # of a nominal arm: without delay, and on a table where it should be
+        for rows in (delay["policies"][name], [height["policies"][name][2], *height["policies"][name][:-1]]):
+            assert rows[0].items() <= row.items()
+        assert len(delay["policies"][name]) == 3 and len(height["policies"][name]) == 5
+    assert set(delay["policies"]) == set(results["policies"]) == {"jacobian", "zero"}
+    assert (tmp_path / "eval_results" / "sweeps.png").stat().st_size > 10_000
+    table = capsys.readouterr().out
+    assert "\n0      100.0 %   0.0 %\n" in table and "\n-0.002  " in table
 
 
 def test_sweep_values():
     np.testing.assert_allclose(evaluation.sweep_values("mass", 0.5, 2.0, 4), [0.5, 1.0, 1.5, 2.0])
-    assert evaluation.sweep_values("delay", 0.5, 9.5, 3).tolist() == [1, 5, 9]
+    np.testing.assert_allclose(evaluation.sweep_values("height", -0.003, 0.001, 3), [-0.003, -0.001, 0.001])
+    for name in ("delay", "lag"):
+        assert evaluation.sweep_values(name, 0.5, 9.5, 3).tolist() == [1, 5, 9]
     for bad, message in {
-        ("friction", 2, 0.5): "LOW < HIGH", ("yaw", 1, 1): "LOW < HIGH", ("mass", 0, 1): "0 < LOW",
-        ("delay", 0.2, 1.8): "whole numbers",
+        ("friction", 2, 0.5): "0 < LOW < HIGH", ("mass", 0, 1): "0 < LOW", ("stiffness", 0, 20): "0 < LOW",
+        ("yaw", 1, 1): "0 <= LOW < HIGH", ("backlash", -0.01, 0.01): "0 <= LOW", ("lag", -1, 2): "0 <= LOW",
+        ("height", 0.002, -0.002): "needs LOW < HIGH", ("delay", 0.2, 1.8): "whole numbers",
     }.items():  # fmt: skip
         with pytest.raises(runs.UserError, match=message):
             evaluation.sweep_values(*bad, 5)
@@ -286,14 +269,14 @@ def write(tmp_path, **kwargs):
 
 
 def test_overrides_reach_every_environment():
-    flags = {"tape_half_size": 0.076, "randomize_xy": 0.01, "randomize_yaw": 0.02}
+    flags = {"tape_half_size": 0.076, "randomize_xy": 0.01, "randomize_yaw": 0.02, "randomize_arm": False}
     args = evaluation.Args(model_path=(ASSETS["ppo_residual"],), policy=("jacobian",), compare_base=True, **flags)
     policies, tasks = evaluation.load_policies(args)
     alone = evaluation.load_policies(evaluation.Args(policy=("jacobian",), **flags))[1]
     assert len(policies) == 3 and policies.keys() == tasks.keys()
     for task in (*tasks.values(), *alone.values()):
         envs = task(1)
-        assert envs.tape_half_size == 0.076 and envs.randomize_scales[:3].tolist() == [0.01, 0.01, 0.02]
+        assert {name: getattr(envs, name) for name in flags} == flags
     (trained,) = evaluation.load_policies(evaluation.Args(model_path=(ASSETS["ppo_residual"],)))[1].values()
     checkpoint = runs.load_checkpoint(ASSETS["ppo_residual"])
     assert trained.func is PaperSquareVectorEnv and checkpoint["env"]["kwargs"].items() <= trained.keywords.items()

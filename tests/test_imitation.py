@@ -18,7 +18,7 @@ import eval as evaluation
 from base_policies import BaseFlags, make_base
 from lerobot_dataset import load_demos
 
-SIZES = {"state": 6, "environment_state": 14, "action": 6}
+SIZES = {"state": 6, "environment_state": 15, "action": 6}
 SMALL = {  # networks
     "act.py": {"chunk_size": 4, "n_action_steps": 2, "dim_model": 16, "n_heads": 2, "dim_feedforward": 32},
     "diffusion_policy.py": {"chunk_size": 4, "n_action_steps": 2, "channels": 8, "embedding_size": 16},
@@ -44,7 +44,7 @@ def demos(tmp_path_factory):
 def observations(num=5, seed=0):
     """Real ones, in LeRobot's units, off the mean."""
     torch.manual_seed(seed)
-    return 10.0 * torch.randn(num, 6), torch.randn(num, 14)
+    return 10.0 * torch.randn(num, 6), torch.randn(num, 15)
 
 
 def small_network(module, **args):
@@ -192,22 +192,28 @@ def test_prediction_is_a_function_of_each_observation_alone(module):
         assert (one - other).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("joints", ["commanded", "measured"])
 @pytest.mark.parametrize("command", ["act.py", "act.py --temporal-ensemble-coeff 0.1", "diffusion_policy.py"])
-def test_a_run_leaves_a_checkpoint_that_plays_alike_as_policy_and_as_base(command, demos, monkeypatch, tmp_path):
+def test_a_run_leaves_a_checkpoint_that_plays_alike_as_policy_and_as_base(
+    command, joints, demos, monkeypatch, tmp_path
+):
     name, *flags = command.split()
+    flags += ["--joints", joints] * (joints != "commanded")
     reported = []
     monkeypatch.setattr(evaluation, "report", lambda run, policy, checkpoint: reported.append(policy))
     script = run_script(name, f"--dataset {demos} {TINY[name]} {' '.join(flags)}", monkeypatch, tmp_path)
     path = script["run"].dir / "last.safetensors"
     from_file, task, checkpoint = evaluation.load_policy(path)
     assert checkpoint["global_step"] == 4 and checkpoint["args"]["n_action_steps"] == 2
-    state_mean = load_demos(demos)["state"].mean(0)
+    state_mean = load_demos(demos, joints=joints)["state"].mean(0)
     np.testing.assert_allclose(checkpoint["model"]["normalizer.state_mean"], state_mean, atol=1e-3)
     policies = [*reported, from_file, make_base("il", BaseFlags(il_checkpoint=str(path)))]
     envs = task(3, num_threads=1)
     obs, _ = envs.reset(seed=0)
+    assert envs.observe_measured == (joints == "measured")
     for policy in policies:
         policy.reset(np.ones(3, dtype=bool))
+        assert policy.measured == envs.observe_measured
     moved = 0.0
     for _ in range(5):  # two chunks and a half
         one, *others = [policy(obs) for policy in policies]

@@ -27,7 +27,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 import lerobot_policy
 import ppo_residual
 from base_policies import BaseFlags, joints_to_rad, load_il, make_base, to_lerobot
-from env_paper_square import OBS, PaperSquareVectorEnv, to_si
+from env_paper_square import OBS, OBS_DIM, PaperSquareVectorEnv, to_si
 from lerobot_policy import LEROBOT_NEEDED, check_lerobot
 from runs import UserError, data_of, describe_env, load_checkpoint, load_module, save_checkpoint
 
@@ -46,7 +46,7 @@ def feature(kind, size):
 
 
 def config(**changes):
-    inputs = {"observation.state": feature("STATE", 6), "observation.environment_state": feature("ENV", 14)}
+    inputs = {"observation.state": feature("STATE", 6), "observation.environment_state": feature("ENV", 15)}
     outputs = {"action": feature("ACTION", 6)}
     return {"type": "act", "n_obs_steps": 1, "input_features": inputs, "output_features": outputs, **changes}
 
@@ -305,7 +305,8 @@ def load_by_lerobot(folder):
 def select_action(lerobot, network, observation):
     """LeRobot's own action (6,) for one observation (1, obs_dim), which keeps its own queue; rad."""
     policy, pre, post = lerobot
-    state, environment_state = (torch.from_numpy(part[0]) for part in to_lerobot(observation, PaperSquareVectorEnv))
+    parts = to_lerobot(observation, PaperSquareVectorEnv, measured=True)
+    state, environment_state = (torch.from_numpy(part[0]) for part in parts)
     batch = pre({"observation.state": state, "observation.environment_state": environment_state})
     noise = {} if policy.config.type == "act" else {"noise": network.noise}
     return joints_to_rad(post(policy.select_action(batch, **noise))[0].numpy())
@@ -342,8 +343,9 @@ def test_lerobot_reads_what_record_demos_writes(demos):
 
 def test_a_chunk_is_what_lerobots_own_policy_does(trained):
     network, lerobot = load_network(load_il(str(trained))), load_by_lerobot(trained)
-    observations = PaperSquareVectorEnv(3).reset(seed=0)[0]
-    chunks = network.predict(*(torch.from_numpy(part) for part in to_lerobot(observations, PaperSquareVectorEnv)))
+    observations = PaperSquareVectorEnv(3, observe_measured=True).reset(seed=0)[0]
+    parts = to_lerobot(observations, PaperSquareVectorEnv, measured=True)
+    chunks = network.predict(*map(torch.from_numpy, parts))
     assert chunks.shape == (3, network.chunk_size, 6)
     assert chunks.dtype == torch.float32
     for k, observation in enumerate(observations):
@@ -356,15 +358,14 @@ def test_a_chunk_is_what_lerobots_own_policy_does(trained):
 def test_the_folder_plays_as_lerobot_itself_would(trained):
     """LeRobot's select_action in a loop, as increments: between the targets of a chunk, or from the joint target."""
     policy, lerobot = make_base("il", BaseFlags(il_checkpoint=str(trained)), act_scale=1.0), load_by_lerobot(trained)
-    envs = PaperSquareVectorEnv(2)
+    envs = PaperSquareVectorEnv(2, observe_measured=True)
     observations, _ = envs.reset(seed=0)
     policy.reset(np.ones(2, dtype=bool))
     last = np.zeros(6)
     for step in range(2 * policy.network.chunk_size + 3):
         if step == 5:  # the second environment starts an episode, amid the chunk of the first
             policy.reset(np.array([False, True]))
-        si = to_si(observations[:1])
-        joint_target = (si[:, OBS["joint_pos"]] + si[:, OBS["joint_target_error"]])[0]
+        joint_target = to_si(observations[0])[OBS["joint_target"]]
         action = select_action(lerobot, policy.network, observations[:1])
         since, last = joint_target if step % policy.n_action_steps == 0 else last, action
         actions = policy(observations)
@@ -376,15 +377,17 @@ def test_the_folder_plays_as_lerobot_itself_would(trained):
 def test_a_residual_checkpoint_plays_when_the_folder_is_gone(trained, tmp_path):
     folder = trained.rename(tmp_path / "moved")
     try:
-        args = ppo_residual.Args(base_policy="il", il_checkpoint=str(folder))
+        args = ppo_residual.Args(base_policy="il", il_checkpoint=str(folder), observe_measured=True)
         base = make_base("il", args)
+        with pytest.raises(UserError, match="add --observe-measured"):
+            make_base("il", ppo_residual.Args(base_policy="il", il_checkpoint=str(folder)))
     finally:
         folder.rename(trained)
-    observations = PaperSquareVectorEnv(4).reset(seed=0)[0]
+    observations = PaperSquareVectorEnv(4, observe_measured=True).reset(seed=0)[0]
     expected = base(observations)
-    agent = ppo_residual.Agent(38, 6, args.hidden_size, args.init_std)
+    agent = ppo_residual.Agent(OBS_DIM + 6, 6, args.hidden_size, args.init_std)
     checkpoint = {"script": "ppo_residual", "args": asdict(args), "model": agent.state_dict(), "global_step": 0}
-    checkpoint |= {"base": base.checkpoint, "env": describe_env(PaperSquareVectorEnv, {})}
+    checkpoint |= {"base": base.checkpoint, "env": describe_env(PaperSquareVectorEnv, {"observe_measured": True})}
     save_checkpoint(checkpoint, tmp_path / "last.safetensors")
     state = torch.get_rng_state()
     policy = ppo_residual.make_policy(load_checkpoint(tmp_path / "last.safetensors"))
@@ -404,7 +407,7 @@ def test_a_policy_trained_on_a_gpu_plays_on_the_cpu(trained):
     steps = [{"registry_name": "device_processor", "config": {"device": "cuda"}}]
     moved = edited(state, "config.json", lambda config: config | {"device": "cuda"})
     moved = edited(moved, "policy_preprocessor.json", lambda pre: pre | {"steps": steps + pre["steps"]})
-    inputs = torch.ones(2, 6), torch.ones(2, 14)
+    inputs = torch.ones(2, 6), torch.ones(2, 15)
     assert torch.equal(load_network(moved).predict(*inputs), load_network(state).predict(*inputs))
 
 

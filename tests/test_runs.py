@@ -198,8 +198,10 @@ def limited_flags(args):
     """Of every flag of an `Args` with limits: name, limits, the number's type, and what makes a value of a number."""
     for name, kind in get_type_hints(args, include_extras=True).items():
         if found := limits_of(kind):
-            head = ("xy", 0.0) if name == "sweep" else ()
-            yield name, *found, (lambda x, head=head: (*head, x)) if "tuple" in str(kind) else lambda x: x
+            if name == "sweep":
+                yield name, *found, lambda x: (("xy", 0.0, x),)
+            else:
+                yield name, *found, (lambda x: (x,)) if "tuple" in str(kind) else lambda x: x
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
