@@ -40,7 +40,7 @@ CORES = available_cores()
 NUM_ENVS, ROLLOUT = 128, 4096  # of ppo.py and ppo_residual.py: environments, and steps per rollout over all of them
 TRAININGS = {  # script: steps to train for; those of them at the start that do not count
     "ppo.py": (100_000, ROLLOUT),
-    "ppo_residual.py": (500_000, ROLLOUT),
+    "ppo_residual.py": (300_000, ROLLOUT),
     "sac_residual.py": (16_000, 6144),  # the first 5,000 go without updates
 }
 # Starts a command and then prints its peak memory; without this, it would be charged for what this process holds
@@ -62,7 +62,7 @@ class Args(Flags):
     """steps of each environment before any is measured; after 400 the episodes are at all stages"""
     bases: tuple[str, ...] = ("jacobian", "assets/act.safetensors", "assets/diffusion_policy.safetensors")
     """base policies to measure: names, or checkpoints of imitation-learned ones"""
-    training_steps: Whole[0, 10**10] = 500_000
+    training_steps: Whole[0, 10**10] = 300_000
     """most steps that a script trains for; 0 leaves the trainings out"""
     sb3_steps: Whole[0, 10**10] = 20_480
     """steps that Stable-Baselines3 trains for; 0 leaves it out"""

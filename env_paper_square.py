@@ -520,7 +520,7 @@ class PaperSquareVectorEnv(VectorEnv):
         target = self.joint_target + self.act_scale * self._last_action
         self.joint_target = np.clip(target, self.ctrl_low, self.ctrl_high)
         previous = self._command
-        self._send()
+        self._send(~fresh)
         change = self._command - previous
         before, ids = self.batch.state.copy(), np.flatnonzero(~self.paused & ~fresh)
         for start in range(0, len(ids), self._block):
@@ -699,20 +699,22 @@ class PaperSquareVectorEnv(VectorEnv):
         self._tape_half_size[ids] = self.tape_half_size
         self.hold_counter[ids] = self._seen_inside[ids] = self._episode_steps[ids] = 0
 
-    def _send(self) -> None:
-        """What the links get of the joint targets: late, in whole ticks, off by the joints' zeros, less the play."""
+    def _send(self, stepped: np.ndarray) -> None:
+        """What the links get of the joint targets, in the environments of the mask: late, in whole ticks, off by the
+        joints' zeros, less the play."""
         self._targets[:, 1:] = self._targets[:, :-1].copy()
         self._targets[:, 0] = self.joint_target
         late = self._targets[np.arange(self.num_envs), self.drawn["delay"][:, 0].astype(int)]
         wanted = self._in_ticks(late)
         wanted[:, :5] += self.drawn["offset"]
-        self._command = np.clip(self._command, wanted - self.drawn["backlash"], wanted + self.drawn["backlash"])
+        play = self.drawn["backlash"]
+        self._command = np.where(stepped[:, None], np.clip(self._command, wanted - play, wanted + play), self._command)
 
     def _in_ticks(self, angles: np.ndarray) -> np.ndarray:
         return np.floor(angles / self.encoder_tick) * self.encoder_tick if self.encoder_tick else angles.copy()
 
     def _see(self, stepped: np.ndarray) -> None:
-        """Take in where the sheet is, of the environments in the mask, for `seen_pose` to tell of it in time."""
+        """Take in where the sheet is, for `seen_pose` to tell of it in time; count where, in the mask, it is inside."""
         self._poses[:, 1:] = self._poses[:, :-1].copy()
         self._poses[:, 0] = self.sheet_pose
         seen = is_inside(self.seen_pose, self._tape_half_size)

@@ -25,7 +25,7 @@ from runs import Episodes, Real, Run, RunArgs, Whole, env_of, find_device, flags
 class Args(RunArgs, EnvArgs):
     save_freq: Whole[1, 10**10] = 50_000
     """environment steps between saves of the state for --resume; it is also saved when the run is stopped"""
-    eval_freq: Whole[1, 10**10] = 50_000
+    eval_freq: Whole[1, 10**10] = 49_152
     """environment steps between evaluations on held-out validation episodes"""
     compile: bool = False
     """compile the losses' forward and backward pass (torch.compile); pays off in long trainings only"""
@@ -35,7 +35,7 @@ class Args(RunArgs, EnvArgs):
     """tape_half_size at the start of the curriculum, m"""
 
     # PPO
-    total_timesteps: Whole[1, 10**10] = 500_000
+    total_timesteps: Whole[1, 10**10] = 300_000
     """environment steps to train for, over all environments"""
     num_envs: Annotated[Whole[1, 32_768], tyro.conf.arg(aliases=["--n-envs"])] = 128
     """environments stepped together"""
