@@ -74,7 +74,7 @@ class Args(RunArgs, EnvArgs, BaseArgs):
     """standard deviation of the exploration at the start, in units of the action, before the tanh"""
 
     # the residual
-    alpha: Real[0, 1] = 0.5
+    alpha: Real[0, 1] = 0.3
     """authority of the residual, from 0 to 1"""
     alpha_schedule: Literal["constant", "linear"] = "constant"
     """linear: alpha goes from alpha_start to alpha_end over the training"""

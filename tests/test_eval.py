@@ -199,7 +199,7 @@ def test_a_sweep_sets_one_thing_or_scales_how_widely_it_is_drawn_and_leaves_all_
     task = partial(PaperSquareVectorEnv, randomize_arm=randomize_arm)
     before, after = draws(task), draws(evaluation.disturbed(task, name, SWEPT[name]))
     expected = np.full_like(before[name], SWEPT[name])
-    if name in evaluation.SCALES:
+    if name in ("xy", "yaw", "offset", "bias", "noise"):
         expected = draws(PaperSquareVectorEnv)[name] * SWEPT[name] / getattr(EnvArgs, f"randomize_{name}")
     np.testing.assert_allclose(after.pop(name), expected, atol=1e-12)
     for other, value in after.items():

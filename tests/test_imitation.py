@@ -263,7 +263,7 @@ def test_a_short_training_reproduces_the_chunks_of_a_demonstration(name, demos, 
     flags += f" --test-episodes 1 --eval-episodes 1 --num-threads 1 --torch-threads 1 {sizes[name]}"
     script = run_script(name, f"--dataset {demos} {flags}", monkeypatch, tmp_path)
     checkpoint = evaluation.load_checkpoint(script["run"].dir / "last.safetensors")
-    rows = {key: torch.tensor(column) for key, column in load_demos(demos, 1).items()}
+    rows = {key: torch.tensor(column) for key, column in load_demos(demos, 1, joints="commanded").items()}
     fresh = script["Network"](script["args"], SIZES)
     fresh.normalizer.load_state_dict(script["network"].normalizer.state_dict())
     errors = {}

@@ -278,6 +278,7 @@ MAY_DIFFER_IN_FLAG = {  # flag: scripts that share one
     "learning_rate": [ON_POLICY, "sac_residual", IMITATED],  # what is optimised, and by what
     "batch_size": ["sac_residual", IMITATED],  # of transitions, of frames
     "hidden_size": [ON_POLICY, "sac_residual"],  # critics off policy want more
+    "alpha": [RESIDUALS, "sac_residual"],  # with more of it SAC's first critics lead far astray
     "init_std": [ON_POLICY, "sac_residual"],  # SAC squashes its actions
     "torch_threads": [f"{ON_POLICY} sac_residual", IMITATED],  # no physics while imitation trains
     "num_threads": [f"{ON_POLICY} sac_residual", IMITATED],
