@@ -53,7 +53,7 @@ NOISE_STEPS = 400  # after which the noise of a longer episode repeats
 DRAWS = {
     "xy": (2, -1, 1),
     "yaw": (1, -6.2832, 6.2832),
-    "friction": (2, 0, 100),
+    "friction": (2, 0.01, 100),
     "mass": (1, 0.01, 100),
     "stiffness": (6, 0.1, 1e4),
     "servo_friction": (6, 0, 2),
@@ -397,7 +397,8 @@ class PaperSquareVectorEnv(VectorEnv):
         self.fixed = fixed or {}
         for name, value in self.fixed.items():
             _, low, high = DRAWS.get(name, (0, np.inf, -np.inf))
-            if not (low <= np.min(value) and np.max(value) <= high):
+            whole = name not in ("delay", "lag") or np.all(np.mod(value, 1) == 0)
+            if not (low <= np.min(value) and np.max(value) <= high and whole):
                 raise ValueError(
                     f"fixed takes {name!r} from {low} to {high}, found {value}; it knows {', '.join(DRAWS)}"
                 )
@@ -455,7 +456,9 @@ class PaperSquareVectorEnv(VectorEnv):
         self.drawn = {name: np.zeros((num_envs, size)) for name, (size, *_) in DRAWS.items()}  # of each episode, SI
         self._noise = np.zeros((num_envs, NOISE_STEPS, 3), dtype=np.float32)  # standard normal
         self.joint_target, self._last_action = np.zeros((num_envs, 6)), np.zeros((num_envs, 6))
-        steps = {name: 1 + int(max(self._scales[name], self.fixed.get(name, 0))) for name in ("delay", "lag")}
+        steps = {
+            name: 1 + int(np.max([self._scales[name], np.max(self.fixed.get(name, 0))])) for name in ("delay", "lag")
+        }
         self._targets = np.zeros((num_envs, steps["delay"], 6))  # the last joint targets, newest first
         self._command = np.zeros((num_envs, 6))  # where the links are sent, rad
         self._poses = np.zeros((num_envs, steps["lag"], 3))  # the last poses of the sheet, newest first

@@ -24,7 +24,16 @@ from gymnasium.vector import AutoresetMode
 from tqdm import tqdm
 
 from base_policies import BASES, BaseFlags, BasePolicy, make_base
-from env_paper_square import POLICY_HZ, SERVO_FRICTION, STIFFNESS, EnvArgs, PaperSquareVectorEnv, nominal_arm, room
+from env_paper_square import (
+    DRAWS,
+    POLICY_HZ,
+    SERVO_FRICTION,
+    STIFFNESS,
+    EnvArgs,
+    PaperSquareVectorEnv,
+    nominal_arm,
+    room,
+)
 from figures import check_rendering, choose_films, film_episode, plot_results, plot_sweeps, watch
 from runs import (
     ROOT,
@@ -149,7 +158,7 @@ def disturbed(task: partial, name: str, value: float) -> partial:
     if name not in SCALES:
         return partial(task, fixed={name: value})
     nominal = nominal_arm() if not task.keywords.get("randomize_arm", True) else {}
-    return partial(task, **nominal, **{f"randomize_{name}": value})
+    return partial(task, **nominal | {f"randomize_{name}": value})
 
 
 def play_episodes(
@@ -339,14 +348,14 @@ def load_policies(args: Args) -> tuple[dict, dict]:
         policies[name], tasks[name] = policy, task
     if args.compare_base and not bases:
         raise UserError("--compare-base needs a checkpoint of a residual script: found none that has a base policy")
-    shared = next(iter(tasks.values()), partial(PaperSquareVectorEnv, observe_measured=True, **overrides))
+    shared = next(iter(tasks.values()), partial(PaperSquareVectorEnv, **overrides))
     act_scale = shared.keywords.get("act_scale", EnvArgs.act_scale)
     for name in [*args.policy, *["zero"] * args.compare_zero, *["random"] * args.compare_random]:
         base = None if name == "random" else make_base(name, args, shared.func, act_scale, device=device)
-        policies[name], tasks[name] = base or RandomPolicy(), shared
+        policies[name], tasks[name] = base or RandomPolicy(), partial(shared, observe_measured=True)
     if len({task.func for task in tasks.values()}) > 1:
         raise UserError("the checkpoints were trained in different environments: evaluate them apart")
-    for key in set().union(*(task.keywords for task in tasks.values())) - {"act_scale"}:
+    for key in set().union(*(task.keywords for task in tasks.values())) - {"act_scale", "observe_measured"}:
         if len({task.keywords.get(key) for task in tasks.values()}) > 1:
             raise UserError(f"the checkpoints were trained for tasks of different {key}: evaluate them apart")
     if not policies:
@@ -404,10 +413,14 @@ def report(run, policy, checkpoint: dict) -> None:
 
 def sweep_values(name: str, low: float, high: float, points: int) -> np.ndarray:
     """The values that a sweep plays, (points,) or, of steps, the whole numbers; raises UserError for bad ranges."""
-    positive = name in ("friction", "mass", "stiffness")  # which at zero are no physics
-    if not low < high or (positive and low <= 0) or (low < 0 and name != "height"):
-        least = "" if name == "height" else "0 < " if positive else "0 <= "
-        raise UserError(f"--sweep {name} LOW HIGH needs {least}LOW < HIGH, found {low:g} and {high:g}")
+    least, most = (0, np.inf) if name in SCALES else DRAWS[name][1:]
+    if not least <= low < high <= most:
+        raise UserError(f"--sweep {name} LOW HIGH needs {least} <= LOW < HIGH <= {most}, found {low:g} and {high:g}")
+    if name in SCALES:
+        try:
+            EnvArgs(**{f"randomize_{name}": high})
+        except ValueError as error:
+            raise UserError(f"--sweep {name}: {error}") from error
     if name not in ("delay", "lag"):
         return np.linspace(low, high, points)
     if np.floor(high) - np.ceil(low) < 1:

@@ -269,7 +269,7 @@ if __name__ == "__main__":
     if args.teleop:
         task = partial(task, render_mode="human", max_episode_steps=TELEOP_STEPS)
     elif args.policy:
-        policy = make_base(args.policy, args, device=device)
+        policy, task = make_base(args.policy, args, device=device), partial(task, observe_measured=True)
     else:
         policy, task, checkpoint = load_policy(args.model_path, args.script, device=device)
         env = checkpoint["env"]

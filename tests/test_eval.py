@@ -248,9 +248,10 @@ def test_sweep_values():
     for name in ("delay", "lag"):
         assert evaluation.sweep_values(name, 0.5, 9.5, 3).tolist() == [1, 5, 9]
     for bad, message in {
-        ("friction", 2, 0.5): "0 < LOW < HIGH", ("mass", 0, 1): "0 < LOW", ("stiffness", 0, 20): "0 < LOW",
+        ("friction", 2, 0.5): "0.01 <= LOW < HIGH <= 100", ("mass", 0, 1): "0.01 <= LOW", ("stiffness", 0, 9): "0.1 <=",
         ("yaw", 1, 1): "0 <= LOW < HIGH", ("backlash", -0.01, 0.01): "0 <= LOW", ("lag", -1, 2): "0 <= LOW",
-        ("height", 0.002, -0.002): "needs LOW < HIGH", ("delay", 0.2, 1.8): "whole numbers",
+        ("height", 0.002, -0.002): "-0.015 <= LOW < HIGH <= 0.015", ("height", 0, 0.1): "<= 0.015",
+        ("offset", 0, 0.5): "--randomize-offset must be from 0 to 0.2", ("delay", 0.2, 1.8): "whole numbers",
     }.items():  # fmt: skip
         with pytest.raises(runs.UserError, match=message):
             evaluation.sweep_values(*bad, 5)
