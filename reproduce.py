@@ -83,7 +83,6 @@ SUITES = {
             "every arm, residual": "ppo_residual.py",
             "nominal arm, base alone": "eval.py --policy jacobian --randomize-arm False",
             "nominal arm, residual": "ppo_residual.py --no-randomize-arm",
-            "500,000 steps": "ppo_residual.py --total-timesteps 500000",
             "measured joints seen too": "ppo_residual.py --observe-measured",
             "force is free": "ppo_residual.py --force-weight 0",
         },
