@@ -1,8 +1,8 @@
 """Diffusion policy (arXiv 2303.04137) imitates demonstrations: it denoises noise into a chunk of joint targets.
 A U-Net learns to see through the noise (DDPM); DDIM (arXiv 2010.02502) acts in few steps, from the same noise always.
-In a minute on two cores, to 96 % of held-out episodes (3 seeds; from 25 demonstrations, 83 %):
+In a minute on two cores, from 25 demonstrations to 95 % of held-out episodes (one seed):
     python record_demos.py --num-episodes 100 --output-dir demos
-    python diffusion_policy.py --dataset demos
+    python diffusion_policy.py --dataset demos --num-demos 25
 The policy is a base to be lifted: python ppo_residual.py --base-policy il --il-checkpoint runs/NAME/best.safetensors
 """
 
