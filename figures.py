@@ -48,6 +48,7 @@ def plot_sweeps(sweeps: list[dict], facts: dict[str, tuple], path: Path) -> None
             axis.fill_between(sweep["values"], low, high, color=line.get_color(), alpha=0.2, linewidth=0)
         axis.set(xlabel=label, ylim=(-3, 103))
         axis.xaxis.label.set_size("small")
+        axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.3)
     for axis in axes[:, 0]:
         axis.set_ylabel("success, %")
