@@ -73,9 +73,13 @@ def replay(envs: PaperSquareVectorEnv, actions: np.ndarray) -> tuple[float, np.n
 
     Returns the seconds in mj_step per environment, and the positions (num_envs, nq) that it ends in, before any reset.
     """
-    target = np.clip(envs._joint_target + envs.act_scale * np.clip(actions, -1, 1), envs.ctrl_low, envs.ctrl_high)
+    joint_target, targets, previous = envs.joint_target, envs._targets.copy(), envs._command
+    target = joint_target + envs.act_scale * np.clip(actions, -1, 1)
+    envs.joint_target = np.clip(target, envs.ctrl_low, envs.ctrl_high)
+    envs._send(np.ones(envs.num_envs, dtype=bool))
     ticks = np.arange(1, envs.control_ticks + 1)[:, None, None] / envs.control_ticks
-    controls = envs._joint_target + ticks * (target - envs._joint_target)  # (control_ticks, num_envs, 6), rad
+    controls = previous + ticks * (envs._command - previous)  # (control_ticks, num_envs, 6), rad
+    envs.joint_target, envs._targets, envs._command = joint_target, targets, previous
     model, data = envs.batch.get_model(0), mujoco.MjData(envs.model)
     ctrl, qpos, seconds = data.ctrl, np.empty((envs.num_envs, envs.model.nq)), 0.0
     for i, state in enumerate(envs.batch.state):

@@ -253,7 +253,7 @@ REFUSED = {
     "runs/killed --alpha 0.3": "goes on with the flags that the run was started with: leave out all others",
     "runs/plain": "this run has come to its end",
     "runs/other": "this run is of ppo.py, not of ppo_residual.py",
-    "runs/shapes": "next_obs was of shape [3, 7], and is of [4, 38]",
+    "runs/shapes": "next_obs was of shape [3, 7], and is of [4, 39]",
     "runs/more": "it takes 2 processes, as before",
     "runs/variables": "the script has other variables now: surplus",
     "runs/flags": "--alpha must be from 0 to 1, found 2",
