@@ -73,13 +73,10 @@ def replay(envs: PaperSquareVectorEnv, actions: np.ndarray) -> tuple[float, np.n
 
     Returns the seconds in mj_step per environment, and the positions (num_envs, nq) that it ends in, before any reset.
     """
-    joint_target, targets, previous = envs.joint_target, envs._targets.copy(), envs._command
-    target = joint_target + envs.act_scale * np.clip(actions, -1, 1)
-    envs.joint_target = np.clip(target, envs.ctrl_low, envs.ctrl_high)
-    envs._send(np.ones(envs.num_envs, dtype=bool))
+    target = envs.joint_target + envs.act_scale * np.clip(actions, -1, 1)
+    _, command = envs._send(np.clip(target, envs.ctrl_low, envs.ctrl_high))
     ticks = np.arange(1, envs.control_ticks + 1)[:, None, None] / envs.control_ticks
-    controls = previous + ticks * (envs._command - previous)  # (control_ticks, num_envs, 6), rad
-    envs.joint_target, envs._targets, envs._command = joint_target, targets, previous
+    controls = envs._command + ticks * (command - envs._command)  # (control_ticks, num_envs, 6), rad
     model, data = envs.batch.get_model(0), mujoco.MjData(envs.model)
     ctrl, qpos, seconds = data.ctrl, np.empty((envs.num_envs, envs.model.nq)), 0.0
     for i, state in enumerate(envs.batch.state):

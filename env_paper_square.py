@@ -65,8 +65,9 @@ DRAWS = {
     "lag": (1, 0, 30),
 }
 _ends = np.cumsum([size for size, *_ in DRAWS.values()]).tolist()
-_draw = {name: slice(end - size, end) for (name, (size, *_)), end in zip(DRAWS.items(), _ends, strict=True)}
+DRAWN_AT = {name: slice(end - size, end) for (name, (size, *_)), end in zip(DRAWS.items(), _ends, strict=True)}
 NUM_DRAWS = _ends[-1]
+OF_THE_SHEET = ("xy", "yaw", "friction", "mass")  # what --no-randomize-arm leaves
 
 # name -> (SI value at which the entry is zero, scale): centred on the start and of order one, within -5 to 5
 OBS_ROWS = {
@@ -171,9 +172,15 @@ def eval_kwargs(args: EnvArgs) -> dict:
 
 def nominal_arm() -> dict:
     """The constructor arguments that leave the arm nominal, one by one, as `randomize_arm=False` does all together."""
-    names = [field.name for field in fields(EnvArgs)]
-    arm = names[names.index("randomize_arm") + 1 : names.index("encoder_tick") + 1]
-    return {"randomize_arm": True, **dict.fromkeys(arm, 0)}
+    arm = {f"randomize_{name}": 0 for name in (*DRAWS, "noise") if name not in OF_THE_SHEET}
+    return {"randomize_arm": True, "encoder_tick": 0, **arm}
+
+
+def half_extents(yaw: np.ndarray) -> np.ndarray:
+    """Half of what a sheet with this yaw takes up along x and along y, m, (..., 2)."""
+    cos, sin = np.abs(np.cos(yaw)), np.abs(np.sin(yaw))
+    long, short = SHEET_HALF_SIZE
+    return np.stack([long * cos + short * sin, long * sin + short * cos], axis=-1)
 
 
 def room(yaw_error: np.ndarray, tape_half_size: float) -> np.ndarray:
@@ -182,9 +189,7 @@ def room(yaw_error: np.ndarray, tape_half_size: float) -> np.ndarray:
     The two bounds hold for the offsets along the square's sides, first along the side that the sheet's longer extent is
     parallel to: the sheet fits if neither is exceeded. A negative first one: it does not fit, however well centred.
     """
-    cos, sin = np.cos(yaw_error), np.sin(yaw_error)  # yaw_error in [0, pi / 4]
-    long, short = SHEET_HALF_SIZE
-    return tape_half_size - np.stack([long * cos + short * sin, long * sin + short * cos], axis=-1)
+    return tape_half_size - half_extents(yaw_error)
 
 
 class ArmKinematics:
@@ -222,10 +227,12 @@ kinematics = ArmKinematics()
 
 def is_inside(sheet_pose: np.ndarray, tape_half_size: np.ndarray) -> np.ndarray:
     """Whether all corners of a sheet with the pose (num_envs, 3), m, m, rad, lie inside the tape, (num_envs,) bool."""
-    cos, sin = np.abs(np.cos(sheet_pose[:, 2])), np.abs(np.sin(sheet_pose[:, 2]))
-    long, short = SHEET_HALF_SIZE
-    extent = np.stack([long * cos + short * sin, long * sin + short * cos], axis=1)  # half, in x and y
-    return (np.abs(sheet_pose[:, :2] - SQUARE_POS) + extent).max(axis=1) <= tape_half_size
+    return (np.abs(sheet_pose[:, :2] - SQUARE_POS) + half_extents(sheet_pose[:, 2])).max(axis=1) <= tape_half_size
+
+
+def quarter_turns(yaw: np.ndarray) -> np.ndarray:
+    """How far a yaw is from the nearest quarter turn, rad, -pi / 4 to pi / 4."""
+    return yaw - np.pi / 2 * np.round(yaw / (np.pi / 2))
 
 
 def make_observation(
@@ -242,7 +249,7 @@ def make_observation(
     `sheet_pose` (num_envs, 3) as it is seen, x, y, yaw, m and rad; `tape_half_size` (num_envs,), m; `hold_counter`
     (num_envs,), how many times in a row the sheet was seen inside; `joint_measured` (num_envs, 6), rad, if known.
     """
-    xy, yaw, quarter = sheet_pose[:, :2], sheet_pose[:, 2], np.pi / 2
+    xy, yaw = sheet_pose[:, :2], sheet_pose[:, 2]
     fingertip, _ = kinematics(joint_target)
     if joint_measured is None:
         joint_measured = np.broadcast_to(OBS_ZERO[OBS["joint_measured"]], joint_target.shape)
@@ -251,7 +258,7 @@ def make_observation(
         "last_action": last_action,
         "sheet_pos": xy,
         "sheet_yaw": np.stack([np.sin(yaw), np.cos(yaw)], axis=1),
-        "yaw_error": np.stack([yaw - quarter * np.round(yaw / quarter), np.cos(4.0 * yaw)], axis=1),
+        "yaw_error": np.stack([quarter_turns(yaw), np.cos(4.0 * yaw)], axis=1),
         "sheet_to_square": SQUARE_POS - xy,
         "fingertip_pos": fingertip,
         "fingertip_to_sheet": xy - fingertip[:, :2],
@@ -406,9 +413,10 @@ class PaperSquareVectorEnv(VectorEnv):
         self.num_envs, self.max_episode_steps, self.hold_steps = num_envs, max_episode_steps, hold_steps
         vars(self).update(vars(args))  # act_scale, tape_half_size, the weights and so on
         arm = args.randomize and args.randomize_arm
-        self._scales = {name: getattr(args, f"randomize_{name}") * arm for name in (*DRAWS, "noise")}
-        if not arm and args.randomize:
-            self._scales |= {name: getattr(args, f"randomize_{name}") for name in ("xy", "yaw", "friction", "mass")}
+        self._scales = {
+            name: getattr(args, f"randomize_{name}") * (args.randomize if name in OF_THE_SHEET else arm)
+            for name in (*DRAWS, "noise")
+        }
         self.encoder_tick = args.encoder_tick * arm
         self.control_ticks = control_hz // policy_hz
         self.physics_steps = physics_hz // control_hz
@@ -523,7 +531,8 @@ class PaperSquareVectorEnv(VectorEnv):
         target = self.joint_target + self.act_scale * self._last_action
         self.joint_target = np.clip(target, self.ctrl_low, self.ctrl_high)
         previous = self._command
-        self._send(~fresh)
+        self._targets, command = self._send(self.joint_target)
+        self._command = np.where(fresh[:, None], previous, command)
         change = self._command - previous
         before, ids = self.batch.state.copy(), np.flatnonzero(~self.paused & ~fresh)
         for start in range(0, len(ids), self._block):
@@ -657,7 +666,7 @@ class PaperSquareVectorEnv(VectorEnv):
         whatever the scales."""
         uniform = np.stack([self._rngs[i].uniform(-1.0, 1.0, NUM_DRAWS) for i in ids])
         self._noise[ids] = [self._rngs[i].standard_normal(self._noise.shape[1:], dtype=np.float32) for i in ids]
-        unit = {name: uniform[:, part] for name, part in _draw.items()}
+        unit = {name: uniform[:, part] for name, part in DRAWN_AT.items()}
         drawn = {name: self._scales[name] * values for name, values in unit.items()}
         drawn |= {name: 1.0 + drawn[name] for name in ("friction", "mass")}  # times nominal
         drawn |= {name: np.floor((unit[name] + 1) / 2 * (self._scales[name] + 1)) for name in ("delay", "lag")}
@@ -702,24 +711,21 @@ class PaperSquareVectorEnv(VectorEnv):
         self._tape_half_size[ids] = self.tape_half_size
         self.hold_counter[ids] = self._seen_inside[ids] = self._episode_steps[ids] = 0
 
-    def _send(self, stepped: np.ndarray) -> None:
-        """What the links get of the joint targets, in the environments of the mask: late, in whole ticks, off by the
-        joints' zeros, less the play."""
-        self._targets[:, 1:] = self._targets[:, :-1].copy()
-        self._targets[:, 0] = self.joint_target
-        late = self._targets[np.arange(self.num_envs), self.drawn["delay"][:, 0].astype(int)]
-        wanted = self._in_ticks(late)
+    def _send(self, joint_target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The last joint targets with this one, and what the links then get: late, in whole ticks, off by the joints'
+        zeros, less the play."""
+        targets = np.concatenate([joint_target[:, None], self._targets[:, :-1]], axis=1)
+        wanted = self._in_ticks(targets[np.arange(self.num_envs), self.drawn["delay"][:, 0].astype(int)])
         wanted[:, :5] += self.drawn["offset"]
         play = self.drawn["backlash"]
-        self._command = np.where(stepped[:, None], np.clip(self._command, wanted - play, wanted + play), self._command)
+        return targets, np.clip(self._command, wanted - play, wanted + play)
 
     def _in_ticks(self, angles: np.ndarray) -> np.ndarray:
         return np.floor(angles / self.encoder_tick) * self.encoder_tick if self.encoder_tick else angles.copy()
 
     def _see(self, stepped: np.ndarray) -> None:
         """Take in where the sheet is, for `seen_pose` to tell of it in time; count where, in the mask, it is inside."""
-        self._poses[:, 1:] = self._poses[:, :-1].copy()
-        self._poses[:, 0] = self.sheet_pose
+        self._poses = np.concatenate([self.sheet_pose[:, None], self._poses[:, :-1]], axis=1)
         seen = is_inside(self.seen_pose, self._tape_half_size)
         self._seen_inside = np.where(seen & stepped, self._seen_inside + 1, 0)
 
@@ -753,11 +759,11 @@ class PaperSquareVectorEnv(VectorEnv):
         return self._qpos[:, 8] + rise < FLAT_HEIGHT
 
     def _state_info(self) -> dict[str, np.ndarray]:
-        pose, quarter = self.sheet_pose, np.pi / 2
+        pose = self.sheet_pose
         return {
             "is_success": self.hold_counter >= self.hold_steps,
             "dist_to_goal": np.linalg.norm(pose[:, :2] - SQUARE_POS, axis=1),
-            "orientation_error": np.abs(pose[:, 2] - quarter * np.round(pose[:, 2] / quarter)),
+            "orientation_error": np.abs(quarter_turns(pose[:, 2])),
         }
 
     def _reward_terms(self, infos: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
