@@ -239,6 +239,8 @@ def pack(value: object, tensors: dict, path: str) -> object:
         return pack(value.bit_generator.state, tensors, path)
     if isinstance(value, torch.Generator):
         return pack(value.get_state(), tensors, path)
+    if isinstance(value, np.ndarray) and value.dtype == object:  # infos hold some
+        return {"$objects": [list(value.shape), pack(value.ravel().tolist(), tensors, path)]}
     if isinstance(value, (torch.Tensor, np.ndarray, np.number, np.bool_)):
         while path in tensors:
             path += "'"
@@ -306,6 +308,10 @@ def unpack(value: object, tensors: dict) -> object:
             return tensors[path]
         case {"$array": path}:
             return tensors[path].numpy()[()]  # of no dimensions, it is a number
+        case {"$objects": [shape, items]}:
+            array = np.empty(len(items), dtype=object)
+            array[:] = unpack(items, tensors)
+            return array.reshape(shape)
         case {"$path": path}:
             return Path(path)
         case {"$tuple": items}:

@@ -19,6 +19,7 @@ import torch.nn as nn
 import torch.optim as optim
 import tyro
 from torch.distributions.normal import Normal
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from base_policies import BaseArgs, make_base
 from env_paper_square import EnvArgs, env_kwargs, eval_kwargs
@@ -50,6 +51,10 @@ class Args(RunArgs, EnvArgs, BaseArgs):
     """update-to-data ratio: gradient steps per environment step (arXiv 2509.19301)"""
     learning_rate: Real[1e-12, 1] = 1e-3
     """step size of Adam, for actor, critics and temperature"""
+    anneal_lr: bool = True
+    """anneal the step size linearly to zero"""
+    actor_decay: Real[0, 1] = 0.999
+    """decay, per gradient step, of the average of the actor's weights that is judged and saved; 0: the last ones"""
     gamma: Real[0, 1] = 0.99
     """discount factor; turning the sheet pays off a hundred steps later"""
     tau: Real[1e-6, 1] = 0.005
@@ -58,6 +63,8 @@ class Args(RunArgs, EnvArgs, BaseArgs):
     """rewards that are summed before the critics take over (arXiv 2509.19301)"""
     policy_frequency: Whole[1, 10**6] = 2
     """gradient steps of the critics per gradient step of the actor"""
+    asymmetric: bool = True
+    """show the critic, in training, what no observation tells: infos["truth"] (arXiv 1710.06542)"""
     layer_norm: bool = True
     """layer normalisation in the critics (arXiv 2302.02948, arXiv 2602.10539)"""
     autotune: bool = True
@@ -148,12 +155,12 @@ def mlp(input_dim, hidden_size, output_dim, layer_norm=False):
 class SoftQNetwork(nn.Module):
     """Value of doing the action (the base's and the residual's together) where the actor sees x."""
 
-    def __init__(self, obs_dim, action_dim, hidden_size, layer_norm):
+    def __init__(self, obs_dim, truth_dim, action_dim, hidden_size, layer_norm):
         super().__init__()
-        self.net = mlp(obs_dim + action_dim, hidden_size, 1, layer_norm)
+        self.net = mlp(obs_dim + truth_dim + action_dim, hidden_size, 1, layer_norm)
 
-    def forward(self, x, action):
-        return self.net(torch.cat([x, action], 1)).flatten()
+    def forward(self, x, truth, action):
+        return self.net(torch.cat([x, truth, action], 1)).flatten()
 
 
 class Actor(nn.Module):
@@ -201,9 +208,10 @@ class AgentPolicy:
 class ReplayBuffer:
     """The last `capacity` steps of each environment, in preallocated tensors (capacity, num_envs, ...)."""
 
-    def __init__(self, capacity, num_envs, obs_dim, action_dim):
+    def __init__(self, capacity, num_envs, obs_dim, truth_dim, action_dim):
         self.capacity, self.num_envs, self.pos, self.size = capacity, num_envs, 0, 0
         self.obs, self.next_obs = (torch.zeros((capacity, num_envs, obs_dim)) for _ in range(2))
+        self.truths, self.next_truths = (torch.zeros((capacity, num_envs, truth_dim)) for _ in range(2))
         self.base_actions, self.actions, self.next_base_actions = (
             torch.zeros((capacity, num_envs, action_dim)) for _ in range(3)
         )
@@ -237,10 +245,12 @@ class ReplayBuffer:
         last = window[torch.arange(batch_size), length - 1]
         return {
             "obs": self.obs[start, env],
+            "truths": self.truths[start, env],
             "base_actions": self.base_actions[start, env],
             "actions": self.actions[start, env],
             "returns": returns,
             "next_obs": self.next_obs[last, env],
+            "next_truths": self.next_truths[last, env],
             "next_base_actions": self.next_base_actions[last, env],
             "discounts": gamma**length * (1.0 - self.terminations[last, env]),  # truncation is not termination
         }
@@ -277,7 +287,7 @@ if __name__ == "__main__":
     )
     # The first episodes end early, each at another time: in step, every rollout would hold one phase of an episode only
     episode_steps = np.arange(args.num_envs) * envs.unwrapped.max_episode_steps // args.num_envs
-    next_obs, _ = envs.reset(
+    next_obs, infos = envs.reset(
         seed=np.random.SeedSequence(args.seed).spawn(args.num_envs),  # streams that no held-out episode has
         options={"episode_steps": episode_steps},
     )
@@ -285,10 +295,13 @@ if __name__ == "__main__":
     base_policy.reset(np.ones(args.num_envs, dtype=bool))
     base_action = base_policy(next_obs)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    truth_dim = infos["truth"].shape[1] if args.asymmetric else 0
+    next_truth = infos["truth"][:, :truth_dim]
     x_dim = obs_dim + (action_dim if args.base_input else 0)
     actor = Actor(x_dim, action_dim, args.hidden_size, args.init_std, args.zero_init).to(device)
+    averaged_actor = AveragedModel(actor, multi_avg_fn=get_ema_multi_avg_fn(args.actor_decay))
     qf1, qf2, qf1_target, qf2_target = (
-        SoftQNetwork(x_dim, action_dim, args.hidden_size, args.layer_norm).to(device) for _ in range(4)
+        SoftQNetwork(x_dim, truth_dim, action_dim, args.hidden_size, args.layer_norm).to(device) for _ in range(4)
     )
     qf1_target.load_state_dict(qf1.state_dict())
     qf2_target.load_state_dict(qf2.state_dict())
@@ -300,7 +313,7 @@ if __name__ == "__main__":
     actor_optimizer = optim.Adam(actor_parameters, lr=args.learning_rate, fused=True)
     q_optimizer = optim.Adam(q_parameters, lr=args.learning_rate, fused=True)
     temperature_optimizer = optim.Adam([log_temperature], lr=args.learning_rate, fused=True)
-    rb = ReplayBuffer(args.buffer_size // args.num_envs, args.num_envs, obs_dim, action_dim)
+    rb = ReplayBuffer(args.buffer_size // args.num_envs, args.num_envs, obs_dim, truth_dim, action_dim)
 
     num_iterations = args.total_timesteps // args.num_envs
     run = Run(args, __file__, total=num_iterations * args.num_envs)
@@ -309,7 +322,7 @@ if __name__ == "__main__":
     last_log, seconds, losses = 0, np.zeros(2), {}  # seconds: of collecting and updating, since the last log
 
     def judge(how):
-        parts = {"model": actor.state_dict(), "base": base_policy.checkpoint}
+        parts = {"model": averaged_actor.module.state_dict(), "base": base_policy.checkpoint}
         checkpoint = run.checkpoint(envs, eval_kwargs(args), global_step, **parts)
         how(run, make_policy(checkpoint, device=device), checkpoint)
 
@@ -321,6 +334,9 @@ if __name__ == "__main__":
 
         # Schedules
         progress = (iteration - 1) / num_iterations
+        if args.anneal_lr:
+            for optimizer in (actor_optimizer, q_optimizer, temperature_optimizer):
+                optimizer.param_groups[0]["lr"] = (1.0 - progress) * args.learning_rate
         if args.curriculum:
             share = max(0.0, 1.0 - 2.0 * progress)
             envs.unwrapped.tape_half_size = args.tape_half_size + share * (args.curriculum_start - args.tape_half_size)
@@ -328,7 +344,7 @@ if __name__ == "__main__":
         # Act
         step_start = time.perf_counter()
         global_step += args.num_envs
-        obs = next_obs
+        obs, truth = next_obs, next_truth
         warmup = global_step <= args.learning_starts
         noise = torch.randn(args.num_envs, action_dim)
         if warmup:
@@ -354,9 +370,11 @@ if __name__ == "__main__":
         episodes.add(reward, terminations, truncations, infos)
 
         # Store; what follows the last step of an episode is its own last observation, not the next episode's first
-        last_obs = next_obs.copy()
+        next_truth = infos["truth"][:, :truth_dim]
+        last_obs, last_truth = next_obs.copy(), next_truth.copy()
         if done.any():
             last_obs[done] = np.stack(infos["final_obs"][done])
+            last_truth[done] = infos["final_info"]["truth"][done, :truth_dim]
         last_base_action = base_policy(last_obs)
         base_policy.reset(done)
         next_base_action = last_base_action.copy()
@@ -364,10 +382,12 @@ if __name__ == "__main__":
             next_base_action[done] = base_policy(next_obs[done], done)
         transition = {
             "obs": obs,
+            "truths": truth,
             "base_actions": base_action,
             "actions": action,
             "rewards": args.reward_scale * reward,
             "next_obs": last_obs,
+            "next_truths": last_truth,
             "next_base_actions": last_base_action,
             "terminations": terminations,
             "dones": done,
@@ -386,16 +406,17 @@ if __name__ == "__main__":
             x, next_x = data["obs"], data["next_obs"]
             if args.base_input:
                 x, next_x = torch.cat([x, data["base_actions"]], 1), torch.cat([next_x, data["next_base_actions"]], 1)
+            state, next_state = (x, data["truths"]), (next_x, data["next_truths"])  # what the critics see
             temperature = log_temperature.exp().item()
 
             noise = torch.randn(args.batch_size, action_dim).to(device)
             with torch.no_grad():
                 next_residual, next_logprob = actor.get_action(next_x, noise)
                 next_action = (data["next_base_actions"] + alpha * next_residual).clamp(-1.0, 1.0)
-                next_q = torch.min(qf1_target(next_x, next_action), qf2_target(next_x, next_action))
+                next_q = torch.min(qf1_target(*next_state, next_action), qf2_target(*next_state, next_action))
                 next_q_value = data["returns"] + data["discounts"] * (next_q - temperature * next_logprob)
-            qf1_loss = (qf1(x, data["actions"]) - next_q_value).square().mean()
-            qf2_loss = (qf2(x, data["actions"]) - next_q_value).square().mean()
+            qf1_loss = (qf1(*state, data["actions"]) - next_q_value).square().mean()
+            qf2_loss = (qf2(*state, data["actions"]) - next_q_value).square().mean()
             q_optimizer.zero_grad()
             (qf1_loss + qf2_loss).backward()
             q_optimizer.step()
@@ -405,11 +426,12 @@ if __name__ == "__main__":
                 noise = torch.randn(args.batch_size, action_dim).to(device)
                 residual, logprob = actor.get_action(x, noise)
                 new_action = (data["base_actions"] + alpha * residual).clamp(-1.0, 1.0)
-                min_q = torch.min(qf1(x, new_action), qf2(x, new_action))
+                min_q = torch.min(qf1(*state, new_action), qf2(*state, new_action))
                 actor_loss = (temperature * logprob - min_q).mean()
                 actor_optimizer.zero_grad()
                 actor_loss.backward(inputs=actor_parameters)  # the critics' gradients would be for nothing
                 actor_optimizer.step()
+                averaged_actor.update_parameters(actor)
                 if args.autotune:
                     temperature_loss = -(log_temperature.exp() * (logprob.detach() + target_entropy)).mean()
                     temperature_optimizer.zero_grad()
@@ -432,7 +454,7 @@ if __name__ == "__main__":
                 std = actor(x)[1].exp().mean()
             scalars = {
                 **episodes.scalars(),
-                "charts/learning_rate": args.learning_rate,
+                "charts/learning_rate": q_optimizer.param_groups[0]["lr"],
                 "charts/tape_half_size": envs.unwrapped.tape_half_size,
                 "charts/std": std,
                 "charts/SPS": num_steps / seconds.sum(),

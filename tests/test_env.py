@@ -868,7 +868,7 @@ def test_observation_table_is_the_observation():
         start = OBS[name].stop
         zero = HOME[:6] if zero == "home" else [float(number) for number in zero.split(",")]
         assert_allclose(OBS_ZERO[OBS[name]], np.broadcast_to(zero, OBS_ZERO[OBS[name]].shape), err_msg=name)
-        scale = np.broadcast_to([float(number) for number in scale.split(",")], OBS_SCALE[OBS[name]].shape)
+        scale = np.resize([float(number) for number in scale.split(",")], OBS_SCALE[OBS[name]].shape)
         assert_allclose(OBS_SCALE[OBS[name]], scale, err_msg=name)
     assert start == OBS_DIM == len(OBS_ZERO) == len(OBS_SCALE)
     assert f"`Box(-inf, inf, ({OBS_DIM},), float32)`" in inspect.getdoc(PaperSquareVectorEnv)
@@ -906,13 +906,18 @@ def test_observation_is_what_a_runner_knows():
     """Every row against MuJoCo's, of the joint targets and of the sheet as it is seen; at the start and later."""
     envs = PaperSquareVectorEnv(3, tape_half_size=0.1, observe_measured=True)
     observations, _ = envs.reset(seed=0)
-    last = np.zeros((3, 6))
-    for step, actions in enumerate(2 * random_actions(6, 3)):
+    last, fingertips, poses = np.zeros((3, 6)), [], []
+    for step, actions in enumerate(2 * random_actions(14, 3)):
+        fingertips.append([])
+        poses.append(envs.seen_pose)
         for i, observation in enumerate(observations):
             posed = mujoco.MjData(SCENE)
             posed.qpos[:6] = envs.joint_target[i]
             mujoco.mj_kinematics(SCENE, posed)
             fingertip, (x, y, yaw) = posed.site(FINGERTIPS[0]).xpos, envs.seen_pose[i]
+            fingertips[-1].append(fingertip.copy())
+            ago = [max(step - 4, 0), max(step - 8, 0)]
+            moved = [(x, y, yaw) - poses[k][i] for k in ago]
             expected = {
                 "joint_target": envs.joint_target[i],
                 "last_action": last[i],
@@ -925,6 +930,8 @@ def test_observation_is_what_a_runner_knows():
                 "tape_half_size": 0.1,
                 "hold_counter": 0,
                 "joint_measured": envs.joint_measured[i],
+                "sheet_motion": np.ravel([(dx, dy, np.sin(turned)) for dx, dy, turned in moved]),
+                "fingertip_motion": np.ravel([fingertip - fingertips[k][i] for k in ago]),
             }
             state = to_si(observation)
             for name, rows in OBS.items():
@@ -940,7 +947,9 @@ def test_observation_is_what_a_runner_knows():
 
 def test_observation_of_one_function_of_plain_arrays_tells_nothing_else():
     """Two arms that differ in all that is drawn, but are sent and seen alike, observe alike."""
-    known = [np.tile(HOME[:6], (2, 1)), np.zeros((2, 6)), np.tile([0.2, -0.05, 0.4], (2, 1)), np.full(2, 0.08), [3, 3]]
+    targets, poses = np.tile(HOME[:6], (3, 2, 1)), np.tile([0.2, -0.05, 0.4], (3, 2, 1))
+    known = [targets[0], np.zeros((2, 6)), poses[0], targets[1:].swapaxes(0, 1), poses[1:].swapaxes(0, 1)]
+    known += [np.full(2, 0.08), [3, 3]]
     rows = make_observation(*map(np.asarray, known))
     assert rows.shape == (2, OBS_DIM) and rows.dtype == np.float32
     assert_array_equal(rows[:, OBS["joint_measured"]], 0.0)
@@ -951,13 +960,14 @@ def test_observation_of_one_function_of_plain_arrays_tells_nothing_else():
     envs._poses[:] = envs.sheet_pose[:, None]
     assert not np.array_equal(*envs.drawn["stiffness"])
     assert_array_equal(*envs._observe())
-    assert_allclose(envs._observe()[:, :-7], rows[:, :-7], atol=1e-5)
+    assert_allclose(np.delete(envs._observe() - rows, OBS["hold_counter"], axis=1), 0.0, atol=1e-5)
 
 
 def test_yaw_rows_stay_in_the_range_of_the_networks_and_fold_by_the_squares_symmetry():
     yaw = np.linspace(-np.pi, np.pi, 721)
     pose = np.stack([np.full(721, 0.19), np.zeros(721), yaw], axis=1)
-    rows = make_observation(np.tile(HOME[:6], (721, 1)), np.zeros((721, 6)), pose, np.full(721, 0.08), np.zeros(721))
+    targets, past = np.tile(HOME[:6], (721, 1)), (np.tile(HOME[:6], (721, 2, 1)), pose[:, None] + np.zeros((1, 2, 1)))
+    rows = make_observation(targets, np.zeros((721, 6)), pose, *past, np.full(721, 0.08), np.zeros(721))
     turned = rows[:, np.r_[OBS["sheet_yaw"], OBS["yaw_error"]]]
     assert np.abs(turned).max() <= 5.0 and (np.ptp(turned, axis=0) > 4.0).all()
     assert_allclose(rows[180:, OBS["yaw_error"]][:, 1], rows[:-180, OBS["yaw_error"]][:, 1], atol=1e-5)  # a quarter on
