@@ -63,8 +63,6 @@ class Args(RunArgs, EnvArgs, BaseArgs):
     """rewards that are summed before the critics take over (arXiv 2509.19301)"""
     policy_frequency: Whole[1, 10**6] = 2
     """gradient steps of the critics per gradient step of the actor"""
-    asymmetric: bool = True
-    """show the critic, in training, what no observation tells: infos["truth"] (arXiv 1710.06542)"""
     layer_norm: bool = True
     """layer normalisation in the critics (arXiv 2302.02948, arXiv 2602.10539)"""
     autotune: bool = True
@@ -155,12 +153,12 @@ def mlp(input_dim, hidden_size, output_dim, layer_norm=False):
 class SoftQNetwork(nn.Module):
     """Value of doing the action (the base's and the residual's together) where the actor sees x."""
 
-    def __init__(self, obs_dim, truth_dim, action_dim, hidden_size, layer_norm):
+    def __init__(self, obs_dim, action_dim, hidden_size, layer_norm):
         super().__init__()
-        self.net = mlp(obs_dim + truth_dim + action_dim, hidden_size, 1, layer_norm)
+        self.net = mlp(obs_dim + action_dim, hidden_size, 1, layer_norm)
 
-    def forward(self, x, truth, action):
-        return self.net(torch.cat([x, truth, action], 1)).flatten()
+    def forward(self, x, action):
+        return self.net(torch.cat([x, action], 1)).flatten()
 
 
 class Actor(nn.Module):
@@ -208,10 +206,9 @@ class AgentPolicy:
 class ReplayBuffer:
     """The last `capacity` steps of each environment, in preallocated tensors (capacity, num_envs, ...)."""
 
-    def __init__(self, capacity, num_envs, obs_dim, truth_dim, action_dim):
+    def __init__(self, capacity, num_envs, obs_dim, action_dim):
         self.capacity, self.num_envs, self.pos, self.size = capacity, num_envs, 0, 0
         self.obs, self.next_obs = (torch.zeros((capacity, num_envs, obs_dim)) for _ in range(2))
-        self.truths, self.next_truths = (torch.zeros((capacity, num_envs, truth_dim)) for _ in range(2))
         self.base_actions, self.actions, self.next_base_actions = (
             torch.zeros((capacity, num_envs, action_dim)) for _ in range(3)
         )
@@ -245,12 +242,10 @@ class ReplayBuffer:
         last = window[torch.arange(batch_size), length - 1]
         return {
             "obs": self.obs[start, env],
-            "truths": self.truths[start, env],
             "base_actions": self.base_actions[start, env],
             "actions": self.actions[start, env],
             "returns": returns,
             "next_obs": self.next_obs[last, env],
-            "next_truths": self.next_truths[last, env],
             "next_base_actions": self.next_base_actions[last, env],
             "discounts": gamma**length * (1.0 - self.terminations[last, env]),  # truncation is not termination
         }
@@ -287,7 +282,7 @@ if __name__ == "__main__":
     )
     # The first episodes end early, each at another time: in step, every rollout would hold one phase of an episode only
     episode_steps = np.arange(args.num_envs) * envs.unwrapped.max_episode_steps // args.num_envs
-    next_obs, infos = envs.reset(
+    next_obs, _ = envs.reset(
         seed=np.random.SeedSequence(args.seed).spawn(args.num_envs),  # streams that no held-out episode has
         options={"episode_steps": episode_steps},
     )
@@ -295,13 +290,11 @@ if __name__ == "__main__":
     base_policy.reset(np.ones(args.num_envs, dtype=bool))
     base_action = base_policy(next_obs)
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-    truth_dim = infos["truth"].shape[1] if args.asymmetric else 0
-    next_truth = infos["truth"][:, :truth_dim]
     x_dim = obs_dim + (action_dim if args.base_input else 0)
     actor = Actor(x_dim, action_dim, args.hidden_size, args.init_std, args.zero_init).to(device)
     averaged_actor = AveragedModel(actor, multi_avg_fn=get_ema_multi_avg_fn(args.actor_decay))
     qf1, qf2, qf1_target, qf2_target = (
-        SoftQNetwork(x_dim, truth_dim, action_dim, args.hidden_size, args.layer_norm).to(device) for _ in range(4)
+        SoftQNetwork(x_dim, action_dim, args.hidden_size, args.layer_norm).to(device) for _ in range(4)
     )
     qf1_target.load_state_dict(qf1.state_dict())
     qf2_target.load_state_dict(qf2.state_dict())
@@ -313,7 +306,7 @@ if __name__ == "__main__":
     actor_optimizer = optim.Adam(actor_parameters, lr=args.learning_rate, fused=True)
     q_optimizer = optim.Adam(q_parameters, lr=args.learning_rate, fused=True)
     temperature_optimizer = optim.Adam([log_temperature], lr=args.learning_rate, fused=True)
-    rb = ReplayBuffer(args.buffer_size // args.num_envs, args.num_envs, obs_dim, truth_dim, action_dim)
+    rb = ReplayBuffer(args.buffer_size // args.num_envs, args.num_envs, obs_dim, action_dim)
 
     num_iterations = args.total_timesteps // args.num_envs
     run = Run(args, __file__, total=num_iterations * args.num_envs)
@@ -344,7 +337,7 @@ if __name__ == "__main__":
         # Act
         step_start = time.perf_counter()
         global_step += args.num_envs
-        obs, truth = next_obs, next_truth
+        obs = next_obs
         warmup = global_step <= args.learning_starts
         noise = torch.randn(args.num_envs, action_dim)
         if warmup:
@@ -370,11 +363,9 @@ if __name__ == "__main__":
         episodes.add(reward, terminations, truncations, infos)
 
         # Store; what follows the last step of an episode is its own last observation, not the next episode's first
-        next_truth = infos["truth"][:, :truth_dim]
-        last_obs, last_truth = next_obs.copy(), next_truth.copy()
+        last_obs = next_obs.copy()
         if done.any():
             last_obs[done] = np.stack(infos["final_obs"][done])
-            last_truth[done] = infos["final_info"]["truth"][done, :truth_dim]
         last_base_action = base_policy(last_obs)
         base_policy.reset(done)
         next_base_action = last_base_action.copy()
@@ -382,12 +373,10 @@ if __name__ == "__main__":
             next_base_action[done] = base_policy(next_obs[done], done)
         transition = {
             "obs": obs,
-            "truths": truth,
             "base_actions": base_action,
             "actions": action,
             "rewards": args.reward_scale * reward,
             "next_obs": last_obs,
-            "next_truths": last_truth,
             "next_base_actions": last_base_action,
             "terminations": terminations,
             "dones": done,
@@ -406,17 +395,16 @@ if __name__ == "__main__":
             x, next_x = data["obs"], data["next_obs"]
             if args.base_input:
                 x, next_x = torch.cat([x, data["base_actions"]], 1), torch.cat([next_x, data["next_base_actions"]], 1)
-            state, next_state = (x, data["truths"]), (next_x, data["next_truths"])  # what the critics see
             temperature = log_temperature.exp().item()
 
             noise = torch.randn(args.batch_size, action_dim).to(device)
             with torch.no_grad():
                 next_residual, next_logprob = actor.get_action(next_x, noise)
                 next_action = (data["next_base_actions"] + alpha * next_residual).clamp(-1.0, 1.0)
-                next_q = torch.min(qf1_target(*next_state, next_action), qf2_target(*next_state, next_action))
+                next_q = torch.min(qf1_target(next_x, next_action), qf2_target(next_x, next_action))
                 next_q_value = data["returns"] + data["discounts"] * (next_q - temperature * next_logprob)
-            qf1_loss = (qf1(*state, data["actions"]) - next_q_value).square().mean()
-            qf2_loss = (qf2(*state, data["actions"]) - next_q_value).square().mean()
+            qf1_loss = (qf1(x, data["actions"]) - next_q_value).square().mean()
+            qf2_loss = (qf2(x, data["actions"]) - next_q_value).square().mean()
             q_optimizer.zero_grad()
             (qf1_loss + qf2_loss).backward()
             q_optimizer.step()
@@ -426,7 +414,7 @@ if __name__ == "__main__":
                 noise = torch.randn(args.batch_size, action_dim).to(device)
                 residual, logprob = actor.get_action(x, noise)
                 new_action = (data["base_actions"] + alpha * residual).clamp(-1.0, 1.0)
-                min_q = torch.min(qf1(*state, new_action), qf2(*state, new_action))
+                min_q = torch.min(qf1(x, new_action), qf2(x, new_action))
                 actor_loss = (temperature * logprob - min_q).mean()
                 actor_optimizer.zero_grad()
                 actor_loss.backward(inputs=actor_parameters)  # the critics' gradients would be for nothing

@@ -36,6 +36,7 @@ from env_paper_square import (
     SQUARE_POS,
     STIFFNESS,
     TAPE_WIDTH,
+    TRUTH_ROWS,
     EnvArgs,
     PaperSquareEnv,
     PaperSquareVectorEnv,
@@ -971,6 +972,29 @@ def test_yaw_rows_stay_in_the_range_of_the_networks_and_fold_by_the_squares_symm
     turned = rows[:, np.r_[OBS["sheet_yaw"], OBS["yaw_error"]]]
     assert np.abs(turned).max() <= 5.0 and (np.ptp(turned, axis=0) > 4.0).all()
     assert_allclose(rows[180:, OBS["yaw_error"]][:, 1], rows[:-180, OBS["yaw_error"]][:, 1], atol=1e-5)  # a quarter on
+
+
+def test_the_truth_is_what_was_drawn_and_what_no_row_of_the_observation_holds():
+    """Row by row, also of the last step of an episode; and the actor's rows do not change with it."""
+    envs = PaperSquareVectorEnv(4, max_episode_steps=6)
+    _, infos = envs.reset(seed=0)
+    ends = np.cumsum([size for size, *_ in TRUTH_ROWS.values()])
+    for step, actions in enumerate(random_actions(12, 4)):
+        pose, seen, joints, targets = envs.sheet_pose, envs.seen_pose, envs._qpos[:, :6].copy(), envs.joint_target
+        drawn = {name: values.copy() for name, values in envs.drawn.items()}
+        expected = {**drawn, "log_stiffness": np.log(envs.drawn["stiffness"]), "sight_error": pose - seen}
+        expected |= {"joint_error": joints - targets, "sheet_velocity": envs._qvel[:, 6:12].copy()}
+        expected |= {"fingertip_force": envs.fingertip_force.copy()}
+        for (name, (size, zero, scale)), end in zip(TRUTH_ROWS.items(), ends, strict=True):
+            rows = infos["truth"][:, end - size : end] / scale + zero
+            assert_allclose(rows, expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
+        *_, infos = envs.step(actions)
+        if step in (5, 11):  # the last of an episode, of the arm that was
+            past, fresh = infos["final_info"]["truth"], infos["truth"]
+            delays = ends[list(TRUTH_ROWS).index("delay")] - 1
+            assert_allclose(past[:, delays] + 1.5, expected["delay"][:, 0])
+            assert_allclose(fresh[:, delays] + 1.5, envs.drawn["delay"][:, 0])
+    assert fresh.dtype == np.float32 and fresh.shape == (4, PaperSquareVectorEnv.TRUTH_DIM)
 
 
 # The scene
