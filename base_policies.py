@@ -42,8 +42,8 @@ def joints_to_rad(joints: np.ndarray) -> np.ndarray:
 
 
 def env_state_rows(env: type) -> list[str]:
-    """The rows of observation.environment_state: all that an environment observes now, of everything but the joints."""
-    return [name for name in env.OBS if not name.startswith(("joint_", "last_")) and not name.endswith("_motion")]
+    """The rows of observation.environment_state: all that an environment observes but joints and last action."""
+    return [name for name in env.OBS if not name.startswith("joint_") and name != "last_action"]
 
 
 def to_lerobot(obs: np.ndarray, env: type, measured: bool = False) -> tuple[np.ndarray, np.ndarray]:

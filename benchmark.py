@@ -31,7 +31,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tqdm import tqdm
 
 from base_policies import BaseFlags, make_base
-from env_paper_square import OBS_DIM, TRUTH_DIM, PaperSquareVectorEnv
+from env_paper_square import OBS_DIM, PaperSquareVectorEnv
 from eval import RandomPolicy, align
 from ppo_residual import Agent, make_policy
 from runs import ROOT, Flags, Real, UserError, Whole, available_cores, load_checkpoint, parse
@@ -139,15 +139,10 @@ def play(policy, num_envs: int, num_threads: int, args: Args):
 
 def forward_speed(seconds: float) -> float:
     """Steps/s of the agent alone, as a rollout calls it: noise, log-probability of the action, value."""
-    agent, x, truth = (
-        Agent(OBS_DIM + 6, TRUTH_DIM, 6, 64, 0.4),
-        torch.randn(NUM_ENVS, OBS_DIM + 6),
-        torch.randn(NUM_ENVS, TRUTH_DIM),
-    )
-    steps, start = 0, time.perf_counter()
+    agent, x, steps, start = Agent(OBS_DIM + 6, 6, 64, 0.4), torch.randn(NUM_ENVS, OBS_DIM + 6), 0, time.perf_counter()
     with torch.inference_mode():
         while time.perf_counter() - start < seconds:
-            agent.get_action_and_value(x, truth, noise=torch.randn(NUM_ENVS, 6))
+            agent.get_action_and_value(x, noise=torch.randn(NUM_ENVS, 6))
             steps += NUM_ENVS
     return steps / (time.perf_counter() - start)
 

@@ -46,7 +46,6 @@ POLICY_HZ = 30  # steps per second
 STIFFNESS = (14.0, 51.0)  # N.m/rad
 SERVO_FRICTION = (0.05, 0.4)  # dry, N.m
 FORCE_LIMIT = 5.0  # N, what a fingertip may press without losing reward
-MOTION_STEPS = (4, 8)  # how long ago the sheet was where its motion is told from
 SHEET_LEVER = 0.1  # m, by which an error of the sheet's corners is one of its yaw
 NOISE_STEPS = 400  # after which the noise of a longer episode repeats
 
@@ -83,34 +82,12 @@ OBS_ROWS = {
     "tape_half_size": ([0.08], [50.0]),
     "hold_counter": ([0.0], [0.5]),
     "joint_measured": ([0.0, -0.14, 0.52, 1.19, 0.0, 0.3], [3.0] * 6),
-    "sheet_motion": ([0.0] * 6, [40.0] * 6),
-    "fingertip_motion": ([0.0] * 6, [40.0, 40.0, 400.0] * 2),
 }
 OBS_ZERO = np.concatenate([zero for zero, _ in OBS_ROWS.values()])
 OBS_SCALE = np.concatenate([scale for _, scale in OBS_ROWS.values()])
 OBS_DIM = len(OBS_SCALE)
 _ends = np.cumsum([len(zero) for zero, _ in OBS_ROWS.values()]).tolist()
 OBS = {name: slice(end - len(zero), end) for (name, (zero, _)), end in zip(OBS_ROWS.items(), _ends, strict=True)}
-
-
-# What no observation tells, of an episode's arm and of its state: name -> (size, value at which it is zero, scale)
-TRUTH_ROWS = {
-    "friction": (2, 1.0, 5.0),
-    "mass": (1, 1.0, 10.0),
-    "log_stiffness": (6, 3.3, 1.5),
-    "servo_friction": (6, 0.2, 5.0),
-    "offset": (5, 0.0, 60.0),
-    "delay": (1, 1.5, 1.0),
-    "height": (1, 0.0, 500.0),
-    "backlash": (1, 0.0, 100.0),
-    "bias": (3, 0.0, [1000.0, 1000.0, 100.0]),
-    "lag": (1, 1.5, 1.0),
-    "sight_error": (3, 0.0, [100.0, 100.0, 10.0]),
-    "sheet_velocity": (6, 0.0, [10.0, 10.0, 10.0, 1.0, 1.0, 1.0]),
-    "joint_error": (6, 0.0, 10.0),
-    "fingertip_force": (2, 0.0, 0.3),
-}
-TRUTH_DIM = sum(size for size, *_ in TRUTH_ROWS.values())
 
 
 def to_si(obs: np.ndarray) -> np.ndarray:
@@ -215,11 +192,6 @@ def room(yaw_error: np.ndarray, tape_half_size: float) -> np.ndarray:
     return tape_half_size - half_extents(yaw_error)
 
 
-def choose(mask: np.ndarray, yes: np.ndarray, no: np.ndarray) -> np.ndarray:
-    """`yes` where the mask (num_envs,) holds, else `no`, arrays (num_envs, ...)."""
-    return np.where(mask.reshape(-1, *[1] * (yes.ndim - 1)), yes, no)
-
-
 class ArmKinematics:
     """Position and Jacobian of the fixed fingertip for a batch of postures, from the model's own kinematic tree."""
 
@@ -267,8 +239,6 @@ def make_observation(
     joint_target: np.ndarray,
     last_action: np.ndarray,
     sheet_pose: np.ndarray,
-    past_targets: np.ndarray,
-    past_poses: np.ndarray,
     tape_half_size: np.ndarray,
     hold_counter: np.ndarray,
     joint_measured: np.ndarray | None = None,
@@ -276,20 +246,13 @@ def make_observation(
     """The observation, (num_envs, obs_dim) float32, of what is known of a simulated arm and of one on a desk alike.
 
     Args: `joint_target` (num_envs, 6), where the servos were sent last, rad; `last_action` (num_envs, 6), clipped;
-    `sheet_pose` (num_envs, 3) as it is seen, x, y, yaw, m and rad; `past_targets` (num_envs, 2, 6) and `past_poses`
-    (num_envs, 2, 3), the same 4 and 8 steps before, or at the episode's start if that was later; `tape_half_size`
-    (num_envs,), m; `hold_counter` (num_envs,), how many times in a row the sheet was seen inside; `joint_measured`
-    (num_envs, 6), rad, if known.
+    `sheet_pose` (num_envs, 3) as it is seen, x, y, yaw, m and rad; `tape_half_size` (num_envs,), m; `hold_counter`
+    (num_envs,), how many times in a row the sheet was seen inside; `joint_measured` (num_envs, 6), rad, if known.
     """
     xy, yaw = sheet_pose[:, :2], sheet_pose[:, 2]
-    num_envs = len(joint_target)
-    fingertips, _ = kinematics(np.concatenate([joint_target[:, None], past_targets], axis=1).reshape(-1, 6))
-    fingertips = fingertips.reshape(num_envs, -1, 3)
-    fingertip = fingertips[:, 0]
+    fingertip, _ = kinematics(joint_target)
     if joint_measured is None:
         joint_measured = np.broadcast_to(OBS_ZERO[OBS["joint_measured"]], joint_target.shape)
-    motion = sheet_pose[:, None] - past_poses
-    motion[:, :, 2] = np.sin(motion[:, :, 2])  # a turn more or less is none
     rows = {
         "joint_target": joint_target,
         "last_action": last_action,
@@ -302,8 +265,6 @@ def make_observation(
         "tape_half_size": tape_half_size[:, None],
         "hold_counter": hold_counter[:, None],
         "joint_measured": joint_measured,
-        "sheet_motion": motion.reshape(num_envs, -1),
-        "fingertip_motion": (fingertips[:, :1] - fingertips[:, 1:]).reshape(num_envs, -1),
     }
     state = np.concatenate([rows[name] for name in OBS_ROWS], axis=1)
     return ((state - OBS_ZERO) * OBS_SCALE).astype(np.float32)
@@ -334,14 +295,10 @@ class PaperSquareVectorEnv(VectorEnv):
     | 5     | gripper       | -0.175 to 1.745 |
 
     ## Observation space
-    `Box(-inf, inf, (45,), float32)`, at the slices `OBS[name]`: the value in the unit below, minus where it is zero,
+    `Box(-inf, inf, (33,), float32)`, at the slices `OBS[name]`: the value in the unit below, minus where it is zero,
     times a scale, so that every entry is of order one. `to_si(obs)` gives the values back. It is what is known of an
     arm on a desk, and `make_observation` makes it for either: where the joints were *sent*, and where the sheet is
-    *seen*, which is late, biased and noisy. The rows joint_measured are at home unless `observe_measured`; those of
-    motion tell how far both have come of late, from which a policy can tell how late its actions are.
-
-    What no observation tells, an episode's arm and the errors of what is seen, is in `info["truth"]`, (44,) float32, of
-    order one, in the order of `TRUTH_ROWS`: for critics, which no arm on a desk needs.
+    *seen*, which is late, biased and noisy. The rows joint_measured are at home unless `observe_measured`.
 
     | rows  | name               | content                                  | unit   | zero at       | scale       |
     |-------|--------------------|------------------------------------------|--------|---------------|-------------|
@@ -356,8 +313,6 @@ class PaperSquareVectorEnv(VectorEnv):
     | 25    | tape_half_size     | half the inside width of the tape square | m      | 0.08          | 50          |
     | 26    | hold_counter       | steps in a row that it was seen inside   | steps  | 0             | 0.5         |
     | 27-32 | joint_measured     | joint angles as the servos report them   | rad    | home          | 3           |
-    | 33-38 | sheet_motion       | since 4, then 8 steps: x, y, sine of yaw | m, -   | 0             | 40          |
-    | 39-44 | fingertip_motion   | the same of the fingertip: x, y, z       | m      | 0             | 40, 40, 400 |
 
     ## Rewards
     The sum of the terms; `info["reward/<term>"]` holds each, weighted and signed.
@@ -410,7 +365,6 @@ class PaperSquareVectorEnv(VectorEnv):
 
     # What observations hold, for whoever reads them: bases, evaluations, recordings
     OBS_ROWS, OBS, OBS_DIM, OBS_SCALE, to_si = OBS_ROWS, OBS, OBS_DIM, OBS_SCALE, staticmethod(to_si)
-    TRUTH_DIM = TRUTH_DIM  # of infos["truth"], for critics
 
     # What no step changes, or what follows from the rest
     _FIXED = {"model", "batch", "spec", "autoreset_mode", "metadata", "key_callback", "_fingertip", "fingertip_force"}
@@ -513,10 +467,8 @@ class PaperSquareVectorEnv(VectorEnv):
         steps = {
             name: 1 + int(np.max([self._scales[name], np.max(self.fixed.get(name, 0))])) for name in ("delay", "lag")
         }
-        steps["delay"] = max(steps["delay"], 1 + max(MOTION_STEPS))
         self._targets = np.zeros((num_envs, steps["delay"], 6))  # the last joint targets, newest first
         self._command = np.zeros((num_envs, 6))  # where the links are sent, rad
-        steps["lag"] += max(MOTION_STEPS)
         self._poses = np.zeros((num_envs, steps["lag"], 3))  # the last poses of the sheet, newest first
         self._tape_half_size = np.zeros(num_envs)
         self.hold_counter = np.zeros(num_envs, dtype=np.int64)
@@ -612,12 +564,12 @@ class PaperSquareVectorEnv(VectorEnv):
         self._ended = done & (self.autoreset_mode == AutoresetMode.NEXT_STEP)
         if self.autoreset_mode == AutoresetMode.SAME_STEP and done.any():
             final_obs = np.full(self.num_envs, None, dtype=object)
-            final_info = {key: choose(done, value, np.zeros_like(value)) for key, value in infos.items()}
+            final_info = {key: np.where(done, value, np.zeros_like(value)) for key, value in infos.items()}
             for i in np.flatnonzero(done):
                 final_obs[i] = observations[i]
             self._start_episodes(np.flatnonzero(done))
             observations, fresh = self._observe(), self._state_info()
-            infos = {key: choose(done, fresh.get(key, np.zeros_like(v)), v) for key, v in infos.items()}
+            infos = {key: np.where(done, fresh.get(key, np.zeros_like(v)), v) for key, v in infos.items()}
             masks = {f"_{key}": np.ones_like(done) if key in fresh else ~done for key in infos}
             final_info |= {f"_{key}": done.copy() for key in final_info}
             infos |= {"final_obs": final_obs, "final_info": final_info, "_final_obs": done, "_final_info": done.copy()}
@@ -787,13 +739,11 @@ class PaperSquareVectorEnv(VectorEnv):
     @property
     def seen_pose(self) -> np.ndarray:
         """Where the sheet is seen, late and not quite there: x, y, yaw, (num_envs, 3), m and rad."""
-        return self._seen_pose(0)
-
-    def _seen_pose(self, steps: int) -> np.ndarray:
-        """Where it was seen so many steps before, or at the start of the episode."""
-        every, step = np.arange(self.num_envs), np.maximum(self._episode_steps - steps, 0)
-        noise = self._noise[every, step % NOISE_STEPS] * self._scales["noise"] / [1.0, 1.0, SHEET_LEVER]
-        return self._poses[every, steps + self.drawn["lag"][:, 0].astype(int)] + self.drawn["bias"] + noise
+        every = np.arange(self.num_envs)
+        noise = self._noise[every, self._episode_steps % NOISE_STEPS] * (
+            self._scales["noise"] / np.array([1.0, 1.0, SHEET_LEVER])
+        )
+        return self._poses[every, self.drawn["lag"][:, 0].astype(int)] + self.drawn["bias"] + noise
 
     @property
     def joint_measured(self) -> np.ndarray:
@@ -814,20 +764,7 @@ class PaperSquareVectorEnv(VectorEnv):
             "is_success": self.hold_counter >= self.hold_steps,
             "dist_to_goal": np.linalg.norm(pose[:, :2] - SQUARE_POS, axis=1),
             "orientation_error": np.abs(quarter_turns(pose[:, 2])),
-            "truth": self._truth(),
         }
-
-    def _truth(self) -> np.ndarray:
-        """What no observation tells, (num_envs, truth_dim) float32: the rows of TRUTH_ROWS, of order one."""
-        state = {
-            "log_stiffness": np.log(self.drawn["stiffness"]),
-            "sight_error": self.sheet_pose - self.seen_pose,
-            "sheet_velocity": self._qvel[:, 6:12],
-            "joint_error": self._qpos[:, :6] - self.joint_target,
-            "fingertip_force": self.fingertip_force,
-        }
-        rows = [(({**self.drawn, **state})[name] - zero) * scale for name, (_, zero, scale) in TRUTH_ROWS.items()]
-        return np.concatenate(rows, axis=1, dtype=np.float32, casting="same_kind")
 
     def _reward_terms(self, infos: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {
@@ -840,9 +777,7 @@ class PaperSquareVectorEnv(VectorEnv):
         }
 
     def _observe(self) -> np.ndarray:
-        past_poses = np.stack([self._seen_pose(steps) for steps in MOTION_STEPS], axis=1)
-        known = self.joint_target, self._last_action, self.seen_pose, self._targets[:, MOTION_STEPS], past_poses
-        known += self._tape_half_size, self._seen_inside
+        known = self.joint_target, self._last_action, self.seen_pose, self._tape_half_size, self._seen_inside
         return make_observation(*known, self.joint_measured if self.observe_measured else None)
 
 
@@ -880,8 +815,7 @@ class PaperSquareEnv(gym.Env):
 
     @staticmethod
     def _first(infos: dict) -> dict:
-        first = {key: value[0] for key, value in infos.items() if not key.startswith("_")}
-        return {key: value.item() if value.ndim == 0 else value for key, value in first.items()}
+        return {key: value[0].item() for key, value in infos.items() if not key.startswith("_")}
 
 
 def has_display() -> bool:

@@ -84,8 +84,6 @@ class Args(RunArgs, EnvArgs, BaseArgs):
     """factor on the rewards that the agent sees, so that returns are of order one"""
     value_init: bool = True
     """start the critic at the first rewards' mean / (1 - gamma); at zero it would praise whatever it has not seen"""
-    asymmetric: bool = True
-    """show the critic, in training, what no observation tells: infos["truth"] (arXiv 1710.06542)"""
     hidden_size: Whole[1, 4096] = 64
     """width of the two hidden layers"""
     init_std: Real[1e-3, 10] = 0.4
@@ -160,21 +158,21 @@ def mlp(input_dim, hidden_size, output_dim, std):
 
 
 class Agent(nn.Module):
-    def __init__(self, obs_dim, truth_dim, action_dim, hidden_size, init_std):
+    def __init__(self, obs_dim, action_dim, hidden_size, init_std):
         super().__init__()
-        self.critic = mlp(obs_dim + truth_dim, hidden_size, 1, std=1.0)
+        self.critic = mlp(obs_dim, hidden_size, 1, std=1.0)
         self.actor_mean = mlp(obs_dim, hidden_size, action_dim, std=0.0)  # starts at zero
         self.actor_logstd = nn.Parameter(torch.full((1, action_dim), float(np.log(init_std))))
 
-    def get_value(self, x, truth):
-        return self.critic(torch.cat([x, truth], 1)).flatten()
+    def get_value(self, x):
+        return self.critic(x).flatten()
 
-    def get_action_and_value(self, x, truth, action=None, noise=None):
+    def get_action_and_value(self, x, action=None, noise=None):
         mean = self.actor_mean(x)
         probs = Normal(mean, self.actor_logstd.exp().expand_as(mean), validate_args=False)
         if action is None:
             action = mean + probs.stddev * noise
-        return action, probs.log_prob(action).sum(1), probs.entropy().sum(1), self.get_value(x, truth)
+        return action, probs.log_prob(action).sum(1), probs.entropy().sum(1), self.get_value(x)
 
 
 class AgentPolicy:
@@ -197,9 +195,8 @@ class AgentPolicy:
 def make_policy(checkpoint, sample=False, device="cpu"):
     """Rebuild the policy from a checkpoint alone, networks on `device`; raises UserError if its parts do not fit."""
     args, env = flags_of(Args, checkpoint), env_of(checkpoint)
-    truth_dim = env.TRUTH_DIM * args.asymmetric
     obs_dim = env.OBS_DIM + 6 * args.base_input
-    agent = rebuild(lambda: Agent(obs_dim, truth_dim, 6, args.hidden_size, args.init_std), checkpoint["model"])
+    agent = rebuild(lambda: Agent(obs_dim, 6, args.hidden_size, args.init_std), checkpoint["model"])
     policy = AgentPolicy(agent.to(device), sample)
     base_policy = make_base(args.base_policy, args, env, args.act_scale, checkpoint["base"], device)
     return ResidualPolicy(policy, base_policy, alpha_at(args, checkpoint["global_step"]), args.base_input)
@@ -262,7 +259,7 @@ if __name__ == "__main__":
     )
     # The first episodes end early, each at another time: in step, every rollout would hold one phase of an episode only
     episode_steps = np.arange(args.num_envs) * envs.unwrapped.max_episode_steps // args.num_envs
-    next_obs, infos = envs.reset(
+    next_obs, _ = envs.reset(
         seed=np.random.SeedSequence(args.seed).spawn(args.num_envs)[own_envs],  # streams that no held-out episode has
         options={"episode_steps": episode_steps[own_envs]},
     )
@@ -271,10 +268,8 @@ if __name__ == "__main__":
     base_action = base_policy(next_obs)
     next_obs = append_base(next_obs, base_action, args.base_input)
     next_obs = torch.from_numpy(next_obs)
-    truth_dim = infos["truth"].shape[1] if args.asymmetric else 0
-    next_truth = torch.from_numpy(infos["truth"][:, :truth_dim])
     obs_dim, action_dim = next_obs.shape[1], envs.single_action_space.shape[0]
-    agent = Agent(obs_dim, truth_dim, action_dim, args.hidden_size, args.init_std).to(device)
+    agent = Agent(obs_dim, action_dim, args.hidden_size, args.init_std).to(device)
     optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     actor_parameters = [*agent.actor_mean.parameters(), agent.actor_logstd]
     critic_parameters = list(agent.critic.parameters())
@@ -285,7 +280,6 @@ if __name__ == "__main__":
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
     obs = torch.zeros((args.num_steps, num_envs, obs_dim))
-    truths = torch.zeros((args.num_steps, num_envs, truth_dim))
     actions = torch.zeros((args.num_steps, num_envs, action_dim))
     logprobs = torch.zeros((args.num_steps, num_envs))
     rewards = torch.zeros((args.num_steps, num_envs))
@@ -319,11 +313,10 @@ if __name__ == "__main__":
         collect_start = time.perf_counter()
         for step in range(args.num_steps):
             global_step += args.num_envs
-            obs[step], truths[step] = next_obs, next_truth
+            obs[step] = next_obs
             noise = torch.randn(args.num_envs, action_dim)[own_envs]
             with torch.inference_mode():
-                known = next_obs.to(device), next_truth.to(device)
-                action, logprob, _, value = agent.get_action_and_value(*known, noise=noise.to(device))
+                action, logprob, _, value = agent.get_action_and_value(next_obs.to(device), noise=noise.to(device))
             actions[step], logprobs[step], values[step] = action, logprob, value
             action = action.clamp(-1.0, 1.0).cpu().numpy()
 
@@ -355,27 +348,26 @@ if __name__ == "__main__":
                 final_obs = np.stack(infos["final_obs"][truncations])
                 final_obs = append_base(final_obs, base_policy(final_obs, truncations), args.base_input)
                 final_obs = torch.from_numpy(final_obs).to(device)
-                final_truth = torch.from_numpy(infos["final_info"]["truth"][truncations, :truth_dim]).to(device)
                 with torch.inference_mode():
-                    reward[truncations] += args.gamma * agent.get_value(final_obs, final_truth).cpu().numpy()
+                    reward[truncations] += args.gamma * agent.get_value(final_obs).cpu().numpy()
             rewards[step], dones[step] = torch.from_numpy(reward), torch.from_numpy(done)
 
             # The base's next action, which actor and critic see
             base_policy.reset(done)
             base_action = base_policy(next_obs)
             next_obs = append_base(next_obs, base_action, args.base_input)
-            next_obs, next_truth = torch.from_numpy(next_obs), torch.from_numpy(infos["truth"][:, :truth_dim])
+            next_obs = torch.from_numpy(next_obs)
 
         # Advantages
         update_start = time.perf_counter()
         with torch.inference_mode():
-            next_value = agent.get_value(next_obs.to(device), next_truth.to(device)).cpu()
+            next_value = agent.get_value(next_obs.to(device)).cpu()
         advantages, returns = compute_gae(rewards, values, dones, next_value, args.gamma, args.gae_lambda)
 
         # Update
-        b_obs, b_truths, b_actions, b_logprobs, b_advantages, b_returns, b_values = (
+        b_obs, b_actions, b_logprobs, b_advantages, b_returns, b_values = (
             torch.cat(gather(x), dim=1).flatten(0, 1).to(device)
-            for x in (obs, truths, actions, logprobs, advantages, returns, values)
+            for x in (obs, actions, logprobs, advantages, returns, values)
         )
         for _epoch in range(args.update_epochs):
             b_inds = torch.randperm(batch_size).to(device)
@@ -384,9 +376,7 @@ if __name__ == "__main__":
                 mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
                 mb_inds, mb_advantages = mb_inds[own_samples], mb_advantages[own_samples]
 
-                _, newlogprob, entropy, newvalue = get_action_and_value(
-                    b_obs[mb_inds], b_truths[mb_inds], b_actions[mb_inds]
-                )
+                _, newlogprob, entropy, newvalue = get_action_and_value(b_obs[mb_inds], b_actions[mb_inds])
                 logratio = newlogprob - b_logprobs[mb_inds]
                 ratio = logratio.exp()
                 pg_loss1 = -mb_advantages * ratio

@@ -179,7 +179,7 @@ USED = """
                 old.lerp_(new, 0.1)
             noise = memory.sum() + statistics.sum() + sum(history) + sum(map(len, table.values())) + sum(table[0])
             noise += counter + momentum + (last or 0) + agent.calls + pairs[1][0] + pairs["two"][0].item()
-            rewards += 0.1 * noise.float() + target.get_value(obs.flatten(0, 1), truths.flatten(0, 1)).view_as(rewards)
+            rewards += 0.1 * noise.float() + target.get_value(obs.flatten(0, 1)).view_as(rewards)
 
 """
 

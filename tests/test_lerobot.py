@@ -27,7 +27,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 import lerobot_policy
 import ppo_residual
 from base_policies import BaseFlags, joints_to_rad, load_il, make_base, to_lerobot
-from env_paper_square import OBS, OBS_DIM, TRUTH_DIM, PaperSquareVectorEnv, to_si
+from env_paper_square import OBS, OBS_DIM, PaperSquareVectorEnv, to_si
 from lerobot_policy import LEROBOT_NEEDED, check_lerobot
 from runs import UserError, data_of, describe_env, load_checkpoint, load_module, save_checkpoint
 
@@ -385,7 +385,7 @@ def test_a_residual_checkpoint_plays_when_the_folder_is_gone(trained, tmp_path):
         folder.rename(trained)
     observations = PaperSquareVectorEnv(4, observe_measured=True).reset(seed=0)[0]
     expected = base(observations)
-    agent = ppo_residual.Agent(OBS_DIM + 6, TRUTH_DIM, 6, args.hidden_size, args.init_std)
+    agent = ppo_residual.Agent(OBS_DIM + 6, 6, args.hidden_size, args.init_std)
     checkpoint = {"script": "ppo_residual", "args": asdict(args), "model": agent.state_dict(), "global_step": 0}
     checkpoint |= {"base": base.checkpoint, "env": describe_env(PaperSquareVectorEnv, {"observe_measured": True})}
     save_checkpoint(checkpoint, tmp_path / "last.safetensors")

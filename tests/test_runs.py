@@ -319,7 +319,7 @@ def honest(tmp_path_factory):
     """A small checkpoint of a policy, in a file."""
     args = ppo.Args(hidden_size=2, exp_name="small")
     env = describe_env(PaperSquareVectorEnv, eval_kwargs(args))
-    model = ppo.Agent(PaperSquareVectorEnv.OBS_DIM, PaperSquareVectorEnv.TRUTH_DIM, 6, 2, 0.4).state_dict()
+    model = ppo.Agent(PaperSquareVectorEnv.OBS_DIM, 6, 2, 0.4).state_dict()
     checkpoint = {"script": "ppo", "args": dataclasses.asdict(args), "env": env, "global_step": 7, "model": model}
     path = tmp_path_factory.mktemp("honest") / "small.safetensors"
     save_checkpoint(checkpoint, path)

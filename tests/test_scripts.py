@@ -39,7 +39,7 @@ import reproduce
 import runs
 import sac_residual
 from base_policies import BasePolicy, JacobianIKPolicy
-from env_paper_square import OBS, OBS_DIM, OBS_ROWS, OBS_SCALE, TRUTH_DIM, to_si
+from env_paper_square import OBS, OBS_DIM, OBS_ROWS, OBS_SCALE, to_si
 from ppo_residual import Agent, compute_gae
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,11 +138,9 @@ def test_warm_up_is_the_base_alone_and_progressive_exploration_mixes(no_evaluati
 
 
 class ToyVectorEnv(VectorEnv):
-    """Environment 0 is truncated after 2 steps, environment 1 terminates after 3; obs[0] counts the steps, as the truth
-    does from 10 on."""
+    """Environment 0 is truncated after 2 steps, environment 1 terminates after 3; obs[0] counts the steps."""
 
     OBS_ROWS, OBS, OBS_DIM, OBS_SCALE, to_si = OBS_ROWS, OBS, OBS_DIM, OBS_SCALE, staticmethod(to_si)
-    TRUTH_DIM = 1
 
     def __init__(self, num_envs, **kwargs):
         self.num_envs, self.tape_half_size, self.max_episode_steps = num_envs, 0.08, 400
@@ -159,10 +157,7 @@ class ToyVectorEnv(VectorEnv):
 
     def reset(self, *, seed=None, options=None):
         self.steps = np.zeros(2)
-        return self.observe(), {"truth": self.truth()}
-
-    def truth(self):
-        return (10 + self.steps[:, None]).astype(np.float32)
+        return self.observe(), {}
 
     def step(self, actions):
         self.steps += 1
@@ -174,9 +169,9 @@ class ToyVectorEnv(VectorEnv):
             for i in np.flatnonzero(done):
                 final_obs[i] = obs[i]
             final_info = {key: np.zeros(2) for key in ("dist_to_goal", "orientation_error", "physics_reset")}
-            infos |= {"final_obs": final_obs, "final_info": final_info | {"truth": self.truth()}}
+            infos |= {"final_obs": final_obs, "final_info": final_info}
             self.steps[done] = 0
-        return self.observe(), rewards, terminations, truncations, infos | {"truth": self.truth()}
+        return self.observe(), rewards, terminations, truncations, infos
 
     def state_dict(self):
         return {"steps": self.steps}
@@ -199,13 +194,12 @@ def test_rollout_stores_whole_transitions_and_bootstraps_truncation_only(name, r
     obs, rewards, dones = script["obs"], script["rewards"], script["dones"]
     assert obs[:, 0, 0].tolist() == [0, 1, 0, 1, 0, 1]
     assert obs[:, 1, 0].tolist() == [0, 1, 2, 0, 1, 2]
-    np.testing.assert_array_equal(script["truths"][:, :, 0], 10 + obs[:, :, 0])
     assert dones[:, 0].tolist() == [0, 1, 0, 1, 0, 1]
     assert dones[:, 1].tolist() == [0, 0, 1, 0, 0, 1]
     final_obs = torch.zeros(1, obs.shape[2])
     final_obs[0, 0] = 2.0  # the observation that the truncated episode ended with, not the next episode's first
     with torch.no_grad():
-        last_value = script["agent"].get_value(final_obs, torch.tensor([[12.0]])).item()
+        last_value = script["agent"].get_value(final_obs).item()
     expected = [1, 2 + 0.9 * last_value] * 3
     np.testing.assert_allclose(rewards[:, 0].numpy(), expected, rtol=1e-5)
     np.testing.assert_allclose(rewards[:, 1].numpy(), [1, 2, 3, 1, 2, 3], rtol=1e-6)
@@ -361,8 +355,8 @@ def test_a_residual_on_nothing_is_pure_rl(no_evaluations, monkeypatch, tmp_path)
 
 def fresh_residual(module, alpha=0.5):
     torch.manual_seed(0)
-    ppo = module is ppo_residual
-    agent = Agent(OBS_DIM + 6, TRUTH_DIM, 6, 64, 0.5) if ppo else sac_residual.Actor(OBS_DIM + 6, 6, 64, 0.5)
+    network = Agent if module is ppo_residual else sac_residual.Actor
+    agent = network(OBS_DIM + 6, 6, 64, 0.5)
     return module.ResidualPolicy(module.AgentPolicy(agent), JacobianIKPolicy(), alpha, base_input=True), agent
 
 
