@@ -603,7 +603,7 @@ class PaperSquareVectorEnv(VectorEnv):
             return self._show()
         return tuple(self.render_frame(i) for i in range(self.num_envs))
 
-    def render_frame(self, index: int = 0, camera: str | None = None) -> np.ndarray:
+    def render_frame(self, index: int = 0, camera: str | None = None, shadows: bool = True) -> np.ndarray:
         """Environment `index` seen by `camera` (default: the constructor's), (height, width, 3) uint8."""
         if self._renderer is None:
             self._load_scene()
@@ -611,6 +611,7 @@ class PaperSquareVectorEnv(VectorEnv):
             self._close_renderer = weakref.finalize(self, self._renderer.close)  # at exit, while its context is there
         self._pose_scene(index)
         self._renderer.update_scene(self._scene_data, camera or self.camera)
+        self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = shadows  # half the time of a frame without a GPU
         return self._renderer.render()
 
     def _show(self) -> None:

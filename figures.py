@@ -1,5 +1,6 @@
 """Plots and films of what eval.py measures, on files; nothing here changes a number."""
 
+import csv
 import importlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -94,6 +95,44 @@ def plot_results(results: dict[str, dict], path: Path, tape_half_size: float = E
         axis.grid(alpha=0.3)
     figure.legend(*bars.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     save_figure(figure, path, dpi=100)
+
+
+def plot_steps(log: Path, path: Path) -> None:
+    """The last episode in a log of real_arm.py: where the joints were sent and are, the sheet's way, the steps' times.
+
+    Grey: the arm held.
+    """
+    with log.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    last = max((row["episode"] for row in rows if row["episode"]), key=int, default="")
+    rows = [row for row in rows if row["episode"] == last]
+
+    def column(name: str) -> np.ndarray:
+        return np.array([float(row[name] or "nan") for row in rows])
+
+    plt = pyplot()
+    figure, axes = plt.subplots(3, 3, figsize=(13, 9), layout="constrained")
+    time = column("time") - float(rows[0]["time"])
+    held = np.array([row["reason"] != "" for row in rows])
+    joints = [name.removeprefix("target_") for name in rows[0] if name.startswith("target_")]
+    for joint, axis in zip(joints, axes.flat, strict=False):
+        axis.plot(time, np.degrees(column(f"target_{joint}")), label="sent")
+        axis.plot(time, np.degrees(column(f"measured_{joint}")), label="measured")
+        axis.set(title=joint, ylabel="deg")
+    axes[0, 0].legend()
+    way, age, periods = axes[2]
+    way.plot(1000 * column("sheet_x"), 1000 * column("sheet_y"))
+    way.set(title="the sheet's way, as it was seen", xlabel="x, mm", ylabel="y, mm", aspect="equal")
+    age.plot(time, column("sheet_age"))
+    age.set(title="age of the sheet's pose", xlabel="time, s", ylabel="s", ylim=(0, None))
+    periods.plot(time[1:], 1000 * np.diff(time))
+    periods.set(title="time between steps", xlabel="time, s", ylabel="ms", ylim=(0, None))
+    for axis in (*axes.flat[:6], age, periods):
+        low, high = axis.get_ylim()
+        axis.fill_between(time, low, high, where=held, color="0.85", linewidth=0, zorder=0)
+        axis.set_ylim(low, high)
+        axis.grid(alpha=0.3)
+    save_figure(figure, path, dpi=90)
 
 
 def choose_films(episodes: list[dict], count: int) -> dict[int, str]:

@@ -522,6 +522,19 @@ def load_state(run_dir: Path) -> dict:
         return load_checkpoint(run_dir / PREVIOUS)
 
 
+def new_run_dir(exp_name: str, seed: int) -> Path:
+    """Make the folder of a new run, runs/NAME; another that starts in the same second gets another name."""
+    name = f"{exp_name}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    for suffix in itertools.chain([""], (f"-{k}" for k in itertools.count(2))):
+        folder = Path("runs", name + suffix)
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            if not folder.is_dir():
+                raise
+
+
 class Run:
     """A training's folder, runs/NAME, with flags, source, curves and checkpoints, and the state that it goes on from.
 
@@ -578,16 +591,8 @@ class Run:
             self.writer.add_text("args", "\n".join(["|flag|value|", "|-|-|", *rows]))
 
     def make_dir(self) -> None:
-        """Make the folder of a new run; another that starts in the same second gets another name."""
-        name = f"{self.flags.exp_name}__{self.flags.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        for suffix in itertools.chain([""], (f"-{k}" for k in itertools.count(2))):
-            self.dir = Path("runs", name + suffix)
-            try:
-                self.dir.mkdir(parents=True)
-                break
-            except FileExistsError:
-                if not self.dir.is_dir():
-                    raise
+        """Make the folder of a new run, with its flags and source."""
+        self.dir = new_run_dir(self.flags.exp_name, self.flags.seed)
         write_json(self.dir / "args.json", asdict(self.flags))
         shutil.copyfile(self.source, self.dir / self.source.name)
 

@@ -34,6 +34,7 @@ import eval as evaluation
 import ppo
 import ppo_residual
 import ppo_residual_multigpu
+import real_arm
 import record_demos
 import reproduce
 import runs
@@ -46,7 +47,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RL = {"ppo.py": ppo, "ppo_residual.py": ppo_residual, "sac_residual.py": sac_residual}
 IMITATION = {"act.py": act, "diffusion_policy.py": diffusion_policy}
 TRAINING = RL | {"ppo_residual_multigpu.py": ppo_residual_multigpu} | IMITATION
-SCRIPTS = TRAINING | {f"{module.__name__}.py": module for module in (benchmark, evaluation, record_demos, reproduce)}
+SCRIPTS = TRAINING | {
+    f"{module.__name__}.py": module for module in (benchmark, evaluation, real_arm, record_demos, reproduce)
+}
 PAGES = {path: path.read_text() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("assets/*.md"))}
 TINY_RUN = "--total-timesteps 32 --num-envs 2 --eval-episodes 1 --test-episodes 1 --eval-freq 1000 --num-threads 1"
 TINY = {
