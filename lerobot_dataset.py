@@ -165,7 +165,8 @@ def load_demos(
     Returns float32 arrays "state" (frames, 6) and "action" (frames, 6), joint angles and absolute joint targets in
     LeRobot's units, "environment_state" (frames, 15 for `env`, whose observation it must be), and "episode" (frames,)
     int64. With `joints` "commanded", the state is where the joints were sent before: what was recorded as such, else
-    the action before. Raises UserError if there is no such dataset, if it is damaged, or holds fewer episodes.
+    the action before. The environment state may follow the joints in observation.state, as lerobot-record writes what
+    so101_mujoco observes. Raises UserError if there is no such dataset, if it is damaged, or holds fewer episodes.
     """
     root = Path(root)
     with readable(root):
@@ -174,8 +175,15 @@ def load_demos(
         if total < max(num_episodes, 1):
             raise ValueError(f"it holds {total} episodes, and {max(num_episodes, 1)} are asked for")
         keys = KEYS + ("commanded",) * (joints == "commanded" and "commanded" in info["features"])
-        sizes = {key: make_features(env)[key]["shape"][0] for key in keys}
-        arrays = read_frames(root, info, {**sizes, "episode_index": 1}, num_episodes or total)
+        expected = make_features(env)
+        sizes = {key: expected[key]["shape"][0] for key in keys}
+        state, rest, _ = KEYS
+        together = info["features"].get(state, {}).get("names") == expected[state]["names"] + expected[rest]["names"]
+        read = {key: size for key, size in sizes.items() if key != rest or not together}
+        read[state] += sizes[rest] * together
+        arrays = read_frames(root, info, {**read, "episode_index": 1}, num_episodes or total)
+        if together:
+            arrays[state], arrays[rest] = np.split(arrays[state], [sizes[state]], axis=1)
         for key in sizes:
             if not np.isfinite(arrays[key]).all():
                 raise ValueError(f"its {key} is not finite everywhere")
