@@ -8,6 +8,7 @@
 The environment knows nothing of base policies or residuals. `EnvArgs` are the flags that the training scripts inherit.
 """
 
+import atexit
 import importlib
 import os
 import platform
@@ -627,6 +628,7 @@ class PaperSquareVectorEnv(VectorEnv):
             )
             threads = set(threading.enumerate()) - threads
             self._close_viewer = weakref.finalize(self, close_viewer, self._viewer, threads)
+            atexit.register(self._close_viewer)  # before the viewer's own exit, under which its thread would draw on
             self._next_frame = time.perf_counter()
         self._pose_scene(0)
         self._viewer.sync()

@@ -7,6 +7,8 @@ import inspect
 import json
 import os
 import pickle
+import shutil
+import subprocess
 import sys
 import warnings
 from collections import deque
@@ -1103,3 +1105,20 @@ def test_single_environments_render_an_image_and_leave_no_renderer_behind(render
         del env
     gc.collect()
     assert not any(finalizer.alive for finalizer in finalizers)
+
+
+@pytest.mark.skipif(shutil.which("xvfb-run") is None, reason="needs Xvfb, a display without a screen")
+def test_a_viewer_that_nobody_closes_ends_with_its_program():
+    """MuJoCo's own exit would free what the viewer's thread still draws with: every other program crashed or hung."""
+    program = """if True:
+        import gymnasium as gym
+        import env_paper_square
+        env = gym.make("PaperSquare-v0", render_mode="human")
+        env.reset(seed=0)
+        for _ in range(5):
+            env.step(env.action_space.sample())
+    """
+    for _ in range(3):
+        command = ["xvfb-run", "-a", sys.executable, "-c", program]
+        done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
