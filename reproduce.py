@@ -146,8 +146,6 @@ SUITES = {
             "base action not shown": SHORT_SAC + " --no-base-input",
             "1-step returns": SHORT_SAC + " --n-step 1",
             "half the updates": SHORT_SAC + " --utd 0.25",
-            "constant step size": SHORT_SAC + " --no-anneal-lr",
-            "the actor's last weights": SHORT_SAC + " --actor-decay 0",
             "fixed temperature": SHORT_SAC + " --no-autotune",
             "progressive exploration": SHORT_SAC + " --prog-explore 10000",
         },

@@ -19,7 +19,6 @@ import torch.nn as nn
 import torch.optim as optim
 import tyro
 from torch.distributions.normal import Normal
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from base_policies import BaseArgs, make_base
 from env_paper_square import EnvArgs, env_kwargs, eval_kwargs
@@ -51,10 +50,6 @@ class Args(RunArgs, EnvArgs, BaseArgs):
     """update-to-data ratio: gradient steps per environment step (arXiv 2509.19301)"""
     learning_rate: Real[1e-12, 1] = 1e-3
     """step size of Adam, for actor, critics and temperature"""
-    anneal_lr: bool = True
-    """anneal the step size linearly to zero"""
-    actor_decay: Real[0, 1] = 0.999
-    """decay, per gradient step, of the average of the actor's weights that is judged and saved; 0: the last ones"""
     gamma: Real[0, 1] = 0.99
     """discount factor; turning the sheet pays off a hundred steps later"""
     tau: Real[1e-6, 1] = 0.005
@@ -292,7 +287,6 @@ if __name__ == "__main__":
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     x_dim = obs_dim + (action_dim if args.base_input else 0)
     actor = Actor(x_dim, action_dim, args.hidden_size, args.init_std, args.zero_init).to(device)
-    averaged_actor = AveragedModel(actor, multi_avg_fn=get_ema_multi_avg_fn(args.actor_decay))
     qf1, qf2, qf1_target, qf2_target = (
         SoftQNetwork(x_dim, action_dim, args.hidden_size, args.layer_norm).to(device) for _ in range(4)
     )
@@ -315,7 +309,7 @@ if __name__ == "__main__":
     last_log, seconds, losses = 0, np.zeros(2), {}  # seconds: of collecting and updating, since the last log
 
     def judge(how):
-        parts = {"model": averaged_actor.module.state_dict(), "base": base_policy.checkpoint}
+        parts = {"model": actor.state_dict(), "base": base_policy.checkpoint}
         checkpoint = run.checkpoint(envs, eval_kwargs(args), global_step, **parts)
         how(run, make_policy(checkpoint, device=device), checkpoint)
 
@@ -327,9 +321,6 @@ if __name__ == "__main__":
 
         # Schedules
         progress = (iteration - 1) / num_iterations
-        if args.anneal_lr:
-            for optimizer in (actor_optimizer, q_optimizer, temperature_optimizer):
-                optimizer.param_groups[0]["lr"] = (1.0 - progress) * args.learning_rate
         if args.curriculum:
             share = max(0.0, 1.0 - 2.0 * progress)
             envs.unwrapped.tape_half_size = args.tape_half_size + share * (args.curriculum_start - args.tape_half_size)
@@ -419,7 +410,6 @@ if __name__ == "__main__":
                 actor_optimizer.zero_grad()
                 actor_loss.backward(inputs=actor_parameters)  # the critics' gradients would be for nothing
                 actor_optimizer.step()
-                averaged_actor.update_parameters(actor)
                 if args.autotune:
                     temperature_loss = -(log_temperature.exp() * (logprob.detach() + target_entropy)).mean()
                     temperature_optimizer.zero_grad()
@@ -442,7 +432,7 @@ if __name__ == "__main__":
                 std = actor(x)[1].exp().mean()
             scalars = {
                 **episodes.scalars(),
-                "charts/learning_rate": q_optimizer.param_groups[0]["lr"],
+                "charts/learning_rate": args.learning_rate,
                 "charts/tape_half_size": envs.unwrapped.tape_half_size,
                 "charts/std": std,
                 "charts/SPS": num_steps / seconds.sum(),
