@@ -38,8 +38,10 @@ SCENE_PATH = Path(__file__).resolve().parent / "assets" / "paper_square.xml"
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 FINGERTIPS = ("fixed_fingertip", "moving_fingertip")  # sites; the first is the one that is steered
 SHEET_HALF_SIZE = np.array([0.074, 0.0525])  # A6, m
+SHEET_THICKNESS = 0.001  # m
 SQUARE_POS = np.array([0.19, 0.09])  # centre of the tape square, m
 TAPE_WIDTH = 0.0125  # m
+PRINT_GROUP, MARKER_GROUP = 1, 4  # of the scene's geoms: what may be on the sheet
 FLAT_HEIGHT = 0.01  # a corner higher than this is not on the table, m
 POLICY_HZ = 30  # steps per second
 
@@ -358,8 +360,9 @@ class PaperSquareVectorEnv(VectorEnv):
     `num_envs`; `max_episode_steps`; `hold_steps`; `fixed`; `physics_hz`, `control_hz`, `policy_hz` (each must divide
     the one before it); `autoreset_mode` (`SAME_STEP`, `NEXT_STEP`, or `DISABLED` with `reset(options={"reset_mask":
     mask})`); `render_mode` (None, "rgb_array", "human": the first environment in MuJoCo's viewer), `camera` (top, side,
-    wrist), `width`, `height`; and all of `EnvArgs`, by keyword. `envs.tape_half_size` may be assigned, and holds from
-    each environment's next episode on.
+    desk, wrist), `width`, `height`, `markers` (images show the sheet with those of docs/sheet.pdf instead of its
+    print); and all of `EnvArgs`, by keyword. `envs.tape_half_size` may be assigned, and holds from each environment's
+    next episode on.
 
     Raises ValueError for arguments, seeds or actions that it cannot use.
     """
@@ -388,6 +391,7 @@ class PaperSquareVectorEnv(VectorEnv):
         camera: str = "side",
         width: int = 640,
         height: int = 480,
+        markers: bool = False,
         **flags,
     ):
         arguments = {name: value for name, value in locals().items() if name not in ("self", "flags", "__class__")}
@@ -423,6 +427,7 @@ class PaperSquareVectorEnv(VectorEnv):
         self.physics_steps = physics_hz // control_hz
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.render_mode, self.camera, self.width, self.height = render_mode, camera, width, height
+        self.markers = markers
         self.metadata = {
             "render_modes": ["rgb_array", "human"],
             "render_fps": policy_hz,
@@ -611,7 +616,7 @@ class PaperSquareVectorEnv(VectorEnv):
             self._renderer = make_renderer(self._scene, self.height, self.width)
             self._close_renderer = weakref.finalize(self, self._renderer.close)  # at exit, while its context is there
         self._pose_scene(index)
-        self._renderer.update_scene(self._scene_data, camera or self.camera)
+        self._renderer.update_scene(self._scene_data, camera or self.camera, scene_option(self.markers))
         self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = shadows  # half the time of a frame without a GPU
         return self._renderer.render()
 
@@ -654,7 +659,7 @@ class PaperSquareVectorEnv(VectorEnv):
             geom.pos[:2] = x * middle, y * middle
             geom.size[:2] = (TAPE_WIDTH / 2, outer) if x else (inner, TAPE_WIDTH / 2)
         self._scene.body("base").pos[:] = self._body_pos[index, self._base]
-        self._scene_data.qpos[:] = self._qpos[index]
+        self._scene_data.qpos[:] = as_drawn(self._qpos[index])
         mujoco.mj_forward(self._scene, self._scene_data)
 
     def close_extras(self, **kwargs) -> None:
@@ -845,6 +850,28 @@ def make_renderer(model: mujoco.MjModel, height: int, width: int) -> mujoco.Rend
             f"mujoco.{backend}"
         ).GLContext
     return mujoco.Renderer(model, height, width)
+
+
+def as_drawn(qpos: np.ndarray) -> np.ndarray:
+    """The state (13,) that a picture of the state `qpos` (13,) is taken of: a sheet within 3 mm of lying flat does.
+
+    In the physics its contact is so soft that the finger presses it into the table, by a millimetre at most, which
+    would hide that part of it; a card on a desk stays in sight.
+    """
+    qpos = qpos.copy()
+    w, x, y, z = qpos[9:13]
+    rise = SHEET_HALF_SIZE @ np.abs([2 * (x * z - w * y), 2 * (y * z + w * x)])
+    if qpos[8] + rise < 0.003:
+        yaw = np.arctan2(2 * (x * y + w * z), 1 - 2 * (y * y + z * z))
+        qpos[8:13] = SHEET_THICKNESS / 2, np.cos(yaw / 2), 0.0, 0.0, np.sin(yaw / 2)
+    return qpos
+
+
+def scene_option(markers: bool = False) -> mujoco.MjvOption:
+    """What a renderer's `update_scene` takes to show the sheet with its print or, if `markers`, with those instead."""
+    option = mujoco.MjvOption()
+    option.geomgroup[[PRINT_GROUP, MARKER_GROUP]] = not markers, markers
+    return option
 
 
 def close_viewer(viewer, threads: set[threading.Thread]) -> None:

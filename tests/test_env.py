@@ -976,7 +976,7 @@ def posed_scene(qpos=HOME):
 
 
 def test_scene_has_what_the_scripts_name_and_only_the_named_pairs_touch():
-    assert {SCENE.camera(i).name for i in range(SCENE.ncam)} == {"top", "side", "wrist"}
+    assert {SCENE.camera(i).name for i in range(SCENE.ncam)} == {"top", "side", "desk", "wrist"}
     assert_array_equal(SCENE.body("square").pos[:2], SQUARE_POS)
     assert_array_equal(SCENE.key("home").ctrl, HOME[:6])
     assert [SCENE.joint(name).qposadr[0] for name in (*JOINTS, "sheet")] == list(range(7))
