@@ -81,6 +81,8 @@ class Args(Flags):
     """so101: the name that it was calibrated by"""
     camera: str = "0"
     """so101: number or path of the camera that sees sheet and tape"""
+    camera_arm: Literal["left", "right", "top", "bottom"] = "left"
+    """where in the camera's picture the arm's base is, as seen from the tape square"""
     calibration_file: str = ""
     """what arm_calibration.py touch wrote: errors of the joints' zeros, height of the table"""
     sheet: Literal["camera", "truth"] = "camera"
@@ -389,7 +391,7 @@ def make_sheet(args: Args, robot, tape_half_size: float):
     if args.sheet == "truth":
         return TrueSheet(robot)
     try:
-        return importlib.import_module("sheet_camera").SheetCamera(tape_half_size)
+        return importlib.import_module("sheet_camera").SheetCamera(tape_half_size, arm=args.camera_arm)
     except ImportError as error:
         raise UserError(f"--sheet camera needs OpenCV: pip install opencv-python-headless ({error})") from error
 
@@ -397,7 +399,7 @@ def make_sheet(args: Args, robot, tape_half_size: float):
 def watch(arm: Arm, sheet, frame: np.ndarray | None) -> np.ndarray | None:
     """Read the joints, and let `sheet` see the camera's frame if it is not `frame`, the one before; returns it."""
     observation = arm.read()
-    new = observation.get("top", frame)
+    new = observation.get(next(iter(arm.robot.cameras), ""), frame)
     if observation and (new is None or new is not frame):
         sheet.update(new, arm.now())
     return new
@@ -574,7 +576,7 @@ if __name__ == "__main__":
     try:
         envs = task(1, num_threads=1)
         if args.robot == "sim":
-            camera = "top" if args.sheet == "camera" else ""
+            camera = "desk" if args.sheet == "camera" else ""
             bad = {"lost_reads": args.lost_reads, "freeze_after": args.freeze_after, "fixed": dict(args.fixed)}
             robot = SimulatedArm(args.seed, args.clock == "real", camera, viewer=args.render, task=task, **bad)
             low, high = envs.ctrl_low, envs.ctrl_high

@@ -73,7 +73,12 @@ class SimulatedArm:
         task: Callable = PaperSquareVectorEnv,
         **kwargs,
     ):
-        kwargs |= {"num_threads": 1, "autoreset_mode": AutoresetMode.DISABLED, "max_episode_steps": 2**31}
+        kwargs |= {
+            "markers": True,
+            "num_threads": 1,
+            "autoreset_mode": AutoresetMode.DISABLED,
+            "max_episode_steps": 2**31,
+        }
         self.envs = task(1, **kwargs)
         height, width, _ = FRAME_SHAPE
         # Given the state of the first, it draws what a camera sees, in a thread of its own
