@@ -468,7 +468,8 @@ class SheetCamera:
         if not fits:
             return None
         pose = max(fits, key=lambda pose: outline_score(points, pose, 1.5))
-        seen, outside = outline_seen(points, pose, 1.5)
+        seen, _ = outline_seen(points, pose, 1.5)
+        _, outside = outline_seen(points, pose, 4.0)  # a ragged edge of a noisy picture is not another sheet
         share = min(float(seen.sum() / PERIMETER), 1.0)
         if outside > 0.03 * len(points) or min(seen[:2].max(), seen[2:].max()) < 20 or share < 0.3:
             return None
