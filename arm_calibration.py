@@ -217,7 +217,7 @@ def posture(corner: np.ndarray, pitch: float, heading: float) -> np.ndarray:
     return joints[0]
 
 
-class SimulatedArm:
+class TouchedArm:
     """An arm in the hands of somebody who touches corners with it; reports joints as LeRobot's driver does.
 
     What is wrong with it is drawn: `offsets` (5,), rad, `table_height`, m. The square is where it should be.
@@ -304,7 +304,7 @@ def touch(args: Touch) -> None:
         if any(find_faults(read_calibration(calibration_path(args.id))).values()):
             raise UserError(f"the calibration has faults: python arm_calibration.py check --id {args.id}")
         input("Its torque goes off: hold the arm, close its gripper, then press Enter. ")
-    robot = SimulatedArm(args) if args.robot == "sim" else connect_so101(args)
+    robot = TouchedArm(args) if args.robot == "sim" else connect_so101(args)
     try:
         joints, corners = take_touches(robot, args)
     finally:
@@ -331,7 +331,7 @@ def touch(args: Touch) -> None:
     print(f"wrote {args.output}")
 
 
-def planted_errors(values: np.ndarray, arm: SimulatedArm) -> np.ndarray:
+def planted_errors(values: np.ndarray, arm: TouchedArm) -> np.ndarray:
     """How far a fit is from what was planted: five joints, degrees, and the table, mm."""
     return np.append(np.degrees(values[:5] - arm.offsets), 1000 * (values[5] - arm.table_height))
 
@@ -340,7 +340,7 @@ def try_many(args: Touch) -> None:
     """Print how exactly arms with other errors are found."""
     errors = []
     for seed in range(args.seed, args.seed + args.trials):
-        arm = SimulatedArm(replace(args, seed=seed))
+        arm = TouchedArm(replace(args, seed=seed))
         values, _, _ = fit_touches(*take_touches(arm, args), args.tape_half_size)
         errors.append(np.abs(planted_errors(values, arm)))
     for name, column in zip((*ARM_JOINTS, "table height"), np.array(errors).T, strict=True):

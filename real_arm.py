@@ -13,14 +13,12 @@ docs/real_arm.md is the way from a boxed arm to the first push.
 
 import csv
 import importlib
-import json
 import re
 import signal
 import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +26,7 @@ import numpy as np
 import torch
 import tyro
 
+from arm_calibration import TIP_RADIUS, load_calibration
 from base_policies import joints_to_lerobot, joints_to_rad, to_lerobot
 from env_paper_square import (
     DRAWS,
@@ -55,7 +54,6 @@ HOME = OBS_ZERO[OBS["joint_target"]]  # (6,), rad
 HOME_STEP = 0.01  # rad per step on the way home: 17 degrees per second
 LIFT = 0.2  # rad of shoulder_lift by which the arm leaves the table before it goes home
 CLEAR = 0.008  # m, of the fingertip's lowest point: it is not on the sheet
-FINGERTIP_RADIUS = 0.008  # m
 HOLD_STEPS = 8  # in a row that the sheet must be seen inside: the task's 5, and 3 by which it may be seen early
 POSE_HOLD, POSE_STOP = 0.5, 2.0  # s, age of the sheet's pose
 MISSES = 3  # reads or commands in a row that may not be lost
@@ -179,7 +177,7 @@ def limited(
 
 def fingertip_bottom(joints: np.ndarray) -> float:
     """Height of the fixed fingertip's lowest point in a posture (6,), rad; m."""
-    return float(kinematics(joints[None])[0][0, 2]) - FINGERTIP_RADIUS
+    return float(kinematics(joints[None])[0][0, 2]) - TIP_RADIUS
 
 
 class Servos:
@@ -214,8 +212,8 @@ class Servos:
 class Arm:
     """A robot of LeRobot's interface, in radians and in the model's zeros, at 30 Hz, within the limits.
 
-    Args: `robot`; `offsets` (5,), rad, added to what is sent and subtracted from what is read; `limits`, by name, of
-    `limited`; `writer`, of the log's rows.
+    Args: `robot`; `offsets` (5,), rad, true minus reported joint angles, as arm_calibration.py has them; `limits`, by
+    name, of `limited`; `writer`, of the log's rows.
     """
 
     def __init__(self, robot, offsets: np.ndarray, limits: dict, writer: csv.DictWriter):
@@ -233,7 +231,7 @@ class Arm:
         except OSError as error:  # LeRobot's are ConnectionErrors, a camera's too old frame is a TimeoutError
             self.misses, self.error = self.misses + 1, error
             return {}
-        self.measured = joints_to_rad(np.array([observation[key] for key in KEYS])) - self.offsets
+        self.measured = joints_to_rad(np.array([observation[key] for key in KEYS])) + self.offsets
         self.misses = 0
         return observation
 
@@ -244,7 +242,7 @@ class Arm:
         if reason.startswith("stop"):
             raise Stop(reason.removeprefix("stop: ") + f" ({self.error})" * (self.misses >= MISSES))
         try:
-            degrees = joints_to_lerobot(target + self.offsets)
+            degrees = joints_to_lerobot(target - self.offsets)
             self.robot.send_action(dict(zip(KEYS, degrees.tolist(), strict=True)))
             self.target = target
         except OSError as error:
@@ -299,29 +297,6 @@ class Arm:
                 held = held + 1 if reason else 0
                 if held > POSE_STOP * POLICY_HZ:
                     raise Stop(f"the arm does not get home: {reason.removeprefix('hold: ')}")
-
-
-def read_calibration(path: str, robot) -> tuple[np.ndarray, float]:
-    """Joint offsets (5,), rad, and table height, m, of a file of arm_calibration.py; raises UserError."""
-    if not path:
-        return np.zeros(5), 0.0
-    try:
-        facts = json.loads(Path(path).read_text())
-        offsets, height = np.array(facts["offsets"], dtype=np.float64), float(facts["table_height"])
-        created = datetime.fromisoformat(facts["created"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(
-            f"--calibration-file {path} is not one that arm_calibration.py touch writes: {error}"
-        ) from error
-    (_, low, high), (_, lowest, highest) = DRAWS["offset"], DRAWS["height"]
-    if offsets.shape != (5,) or not (low <= offsets.min() and offsets.max() <= high and lowest <= height <= highest):
-        limits = f"offsets to {high} rad and a height to {highest} m"
-        raise UserError(f"--calibration-file {path}: expected {limits}, found {offsets} and {height}: touch again")
-    calibrated = getattr(robot, "calibration_fpath", None)
-    created = created if created.tzinfo else created.astimezone()
-    if calibrated and created < datetime.fromtimestamp(calibrated.stat().st_mtime, timezone.utc):
-        raise UserError(f"--calibration-file {path} is older than LeRobot's {calibrated}: touch again")
-    return offsets, height
 
 
 def make_so101(args: Args):
@@ -584,8 +559,11 @@ if __name__ == "__main__":
         raise UserError(str(error)) from error
     if args.robot == "so101":
         robot, low, high = make_so101(args)
-    offsets, table_height = read_calibration(args.calibration_file, robot)
-    low, high = (np.clip(limit - np.append(offsets, 0.0), envs.ctrl_low, envs.ctrl_high) for limit in (low, high))
+    offsets, table_height = np.zeros(5), 0.0
+    if args.calibration_file:
+        calibration = load_calibration(args.calibration_file, args.id)
+        offsets, table_height = calibration.offsets, calibration.table_height
+    low, high = (np.clip(limit + np.append(offsets, 0.0), envs.ctrl_low, envs.ctrl_high) for limit in (low, high))
     limits = {"low": low, "high": high, "act_scale": envs.act_scale, "gap": np.radians(args.limit_gap)}
     limits |= {"depth": args.limit_depth, "table_height": table_height}
     tape_half_size = envs.tape_half_size

@@ -21,7 +21,6 @@ SHEET_FEATURES = dict.fromkeys(make_features()["observation.environment_state"][
 NEW_SHEET = "new_sheet"  # beside the joints in an action of so101_keyboard
 RAISED, RAISED_FOR = 0.15, 1.0  # m, s: a fingertip so high for so long asks for a new sheet, by any teleoperator
 PAUSE = 0.5  # s: so long LeRobot has not asked where it saves an episode, or connects a robot
-HOLD_STEPS = 5  # in a row that the sheet must be seen inside
 
 
 class SO101Mujoco(Robot):
@@ -88,7 +87,7 @@ class SO101Mujoco(Robot):
         envs, pose = self.arm.envs, self.arm.moment.seen_pose[None]
         tape_half_size = np.array([envs.tape_half_size])
         self.seen_inside = self.seen_inside + 1 if is_inside(pose, tape_half_size)[0] else 0
-        if self.seen_inside == HOLD_STEPS:
+        if self.seen_inside == envs.hold_steps:
             logging.info("so101_mujoco: the sheet is in the square")
         joints = self.arm.target[None]  # where they were sent last, as load_demos takes it
         obs = make_observation(joints, np.zeros((1, 6)), pose, tape_half_size, np.array([self.seen_inside]))

@@ -20,8 +20,8 @@ from arm_calibration import (
     CORNERS,
     POSTURES,
     TIP_RADIUS,
-    SimulatedArm,
     Touch,
+    TouchedArm,
     corner_places,
     find_faults,
     fit_touches,
@@ -123,7 +123,7 @@ def test_paths_are_those_of_lerobot(tmp_path, monkeypatch):
 
 
 def touches(args=None, **changes):
-    arm = SimulatedArm(args or Touch())
+    arm = TouchedArm(args or Touch())
     vars(arm).update(changes)
     return arm, *take_touches(arm, Touch())
 
@@ -148,7 +148,7 @@ def test_wrist_roll_is_not_told_by_touches_and_the_deviation_says_so():
 def test_a_square_turned_about_the_base_is_told_together_with_the_pan():
     """Either is half a degree uncertain; what the camera and the arm make of it together is not."""
     turn, exact = np.radians(1.0), np.zeros(3)
-    arm = SimulatedArm(Touch(seed=2))
+    arm = TouchedArm(Touch(seed=2))
     cos, sin = np.cos(turn), np.sin(turn)
     square = np.append(np.array([[cos, -sin], [sin, cos]]) @ (SQUARE_POS - [0.0388, 0]) + [0.0388, 0], turn)
     arm, joints, corners = touches(Touch(seed=2), places=corner_places(square, 0.08), touch_error=exact)
@@ -166,7 +166,7 @@ def test_a_square_put_elsewhere_is_found():
 
 
 def test_the_rehearsed_postures_are_within_the_joint_ranges_and_touch_the_corner():
-    arm = SimulatedArm(Touch(sim_touch=0.0))
+    arm = TouchedArm(Touch(sim_touch=0.0))
     scene = mujoco.MjModel.from_xml_path(str(SCENE_PATH))
     ranges, data = np.array([scene.joint(name).range for name in JOINTS]), mujoco.MjData(scene)
     for corner in range(len(CORNERS)):
@@ -194,7 +194,7 @@ def test_offsets_and_height_have_the_signs_of_the_environment():
 def test_touch_in_simulation_writes_what_is_read(tmp_path):
     done = run(tmp_path, f"{ROOT}/arm_calibration.py touch --seed 3")
     assert done.code == 0, done.err
-    calibration, arm = load_calibration(tmp_path / "arm.json"), SimulatedArm(Touch(seed=3))
+    calibration, arm = load_calibration(tmp_path / "arm.json"), TouchedArm(Touch(seed=3))
     assert_allclose(calibration.offsets[:4], arm.offsets[:4], atol=np.radians(0.3))
     assert_allclose(calibration.table_height, arm.table_height, atol=0.001)
     assert calibration.square.shape == (3,) and calibration.offsets.shape == (5,)
@@ -208,7 +208,7 @@ def test_trials_print_how_exact_it_is(tmp_path):
 @pytest.fixture
 def so101(home, monkeypatch):
     """LeRobot's driver as far as it is used, over a simulated arm; and somebody who presses Enter."""
-    arm, calls, state = SimulatedArm(Touch(seed=5)), [], SimpleNamespace(calibrated=True, port=True, slip=None)
+    arm, calls, state = TouchedArm(Touch(seed=5)), [], SimpleNamespace(calibrated=True, port=True, slip=None)
     order = [(corner, *posture) for corner in range(4) for posture in POSTURES]
 
     class SO101Follower:

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import types
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from fake_bus import LOWEST, OVERLOAD, POSITION, TEMPERATURE, TORQUE, FakeBus
 from gymnasium.vector import AutoresetMode
 
 import simulated_arm
+from arm_calibration import Touch, TouchedArm, fit_touches, load_calibration, take_touches
 from base_policies import ZeroPolicy, joints_to_lerobot, joints_to_rad
-from env_paper_square import JOINTS, PaperSquareVectorEnv, make_observation
+from env_paper_square import JOINTS, SQUARE_POS, PaperSquareVectorEnv, make_observation
 from eval import TEST_SEED, load_policy, play_episodes
 from lerobot_dataset import load_demos
 from real_arm import (
@@ -43,7 +45,6 @@ from real_arm import (
     judge,
     limited,
     play_episode,
-    read_calibration,
 )
 from runs import UserError
 from simulated_arm import SimulatedArm, TrueSheet
@@ -357,34 +358,35 @@ def test_an_episode_is_judged_as_eval_judges_it():
 
 
 def calibration(path, **changes):
-    facts = {"offsets": [0.01, -0.02, 0.0, 0.03, 0.0], "table_height": 0.001, "created": "2100-01-01T00:00:00+00:00"}
+    facts = {"offsets": [0.01, -0.02, 0.0, 0.03, 0.0], "table_height": 0.001, "camera": {"square": [*SQUARE_POS, 0.0]}}
+    facts |= {"created": datetime.now(timezone.utc).isoformat(), "residual": 0.0005}
     path.write_text(json.dumps({name: value for name, value in (facts | changes).items() if value is not None}))
     return str(path)
 
 
-def test_a_calibration_is_read_and_a_wrong_one_refused(tmp_path):
-    path, robot = tmp_path / "arm.json", types.SimpleNamespace()
-    assert read_calibration("", robot)[0].tolist() == [0] * 5
-    offsets, height = read_calibration(calibration(path), robot)
-    assert offsets.tolist() == [0.01, -0.02, 0.0, 0.03, 0.0] and height == 0.001
+def test_a_calibration_is_read_and_a_wrong_one_refused(tmp_path, monkeypatch):
+    path = tmp_path / "arm.json"
+    flags = "--clock virtual --sheet truth --seconds 0.1 --calibration-file arm.json"
+    calibration(path)
+    (robot,) = run_script(flags, tmp_path, monkeypatch)
+    np.testing.assert_allclose(robot.sent[-1], HOME - [0.01, -0.02, 0.0, 0.03, 0.0, 0.0], atol=1e-5)
     wrong = [{"offsets": [0.3, 0, 0, 0, 0]}, {"offsets": [0.0] * 6}, {"table_height": 0.02}, {"table_height": "nan"}]
     for change in (*wrong, {"offsets": [float("nan")] * 5}, {"created": None}, {"created": "yesterday"}):
         with pytest.raises(UserError, match="arm.json"):
-            read_calibration(calibration(path, **change), robot)
+            load_calibration(calibration(path, **change))
     path.write_text("[]")
     with pytest.raises(UserError, match="touch"):
-        read_calibration(str(path), robot)
-    robot.calibration_fpath = tmp_path / "lerobot.json"
-    robot.calibration_fpath.write_text("{}")
-    read_calibration(calibration(path), robot)
-    with pytest.raises(UserError, match="older than LeRobot's"):
-        read_calibration(calibration(path, created="2020-01-01T00:00:00"), robot)
+        load_calibration(path)
+    with pytest.raises(UserError, match="days ago"):
+        load_calibration(calibration(path, created="2020-01-01T00:00:00+00:00"))
 
 
-def test_offsets_undo_the_errors_of_the_zeros():
-    errors = np.array([0.03, -0.02, 0.03, 0.01, -0.03])
+def test_offsets_that_touches_told_undo_the_errors_of_the_zeros():
+    touched = TouchedArm(Touch(seed=1))
+    found, _, _ = fit_touches(*take_touches(touched, Touch()), 0.08)
+    errors = touched.offsets * [1, 1, 1, 1, 0]  # of the roll, touches tell nothing
     nothing = {"delay": 0, "backlash": 0, "servo_friction": 0.0, "stiffness": 1000.0}
-    for offsets, off in ((-errors, 0.003), (np.zeros(5), 0.05)):
+    for offsets, off in ((errors, 0.003), (found[:5] * [1, 1, 1, 1, 0], 0.008), (np.zeros(5), 0.05)):
         arm, _ = make_arm(Told(fixed={"offset": errors, **nothing}), offsets)
         arm.go_home()
         for _ in range(30):
