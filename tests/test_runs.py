@@ -44,6 +44,7 @@ from runs import (
     Real,
     UserError,
     Whole,
+    data_of,
     describe_env,
     fingerprint,
     fits,
@@ -312,6 +313,15 @@ def test_whatever_is_saved_comes_back_as_it_was(tmp_path_factory, value):
     checkpoint = {"script": "x", "args": {}, "value": value, "shared": [x := torch.zeros(2), x]}
     save_checkpoint(checkpoint, path)
     assert same(load_checkpoint(path), checkpoint)
+
+
+def test_infos_of_an_environment_come_back_as_they_were():
+    """A copy may name what reset returns beside the observations; arrays of objects are among it later."""
+    final_obs = np.full((2, 1), None, dtype=object)
+    final_obs[1, 0] = np.arange(3.0)
+    again = data_of({"final_obs": final_obs})["final_obs"]
+    assert again.dtype == object and again.shape == (2, 1) and again[0, 0] is None
+    np.testing.assert_array_equal(again[1, 0], np.arange(3.0))
 
 
 @pytest.fixture(scope="module")
