@@ -15,6 +15,7 @@ import torch.nn as nn
 import torch.optim as optim
 
 from base_policies import FrozenILPolicy
+from env_paper_square import CAMERAS
 from eval import report, validate
 from lerobot_dataset import Frames, load_demos, load_task
 from runs import Real, Run, RunArgs, Whole, env_of, find_device, flags_of, parse, rebuild
@@ -40,6 +41,10 @@ class Args(RunArgs):
     """train on the first so many episodes of it; 0 takes all"""
     joints: Literal["commanded", "measured"] = "commanded"
     """joints that the network sees: where they were sent, or where the servos say they are"""
+    pixels: tuple[Literal[CAMERAS], ...] = ()
+    """cameras to see, of a dataset with videos, in place of what is known of the sheet"""
+    pixel_size: Whole[36, 512] = 64
+    """height and width of their frames, pixels"""
     relative_actions: bool = True
     """predict joint targets relative to the joints, which are small; off: absolute ones, as LeRobot does"""
 
@@ -144,11 +149,24 @@ class Network(nn.Module):
         self.vae_encoder = nn.TransformerEncoder(encoder_layer, args.n_vae_layers, nn.LayerNorm(dim), False)
         self.vae_head = nn.Linear(dim, 2 * args.latent_dim)
 
-        # Policy: an encoder over z, state and environment_state, and a decoder with a learned query per action
+        # Policy: an encoder over z, state, environment_state or frames, and a decoder with a learned query per action
+        self.cameras = args.pixels
         self.state_proj = nn.Linear(sizes["state"], dim)
-        self.environment_state_proj = nn.Linear(sizes["environment_state"], dim)
+        if self.cameras:
+            self.frames_proj = nn.Sequential(  # of all cameras together, to a token per place in the image
+                nn.Conv2d(3 * len(self.cameras), 32, 8, stride=4),
+                nn.ReLU(),
+                nn.Conv2d(32, 64, 4, stride=2),
+                nn.ReLU(),
+                nn.Conv2d(64, dim, 3),
+                nn.Flatten(2),
+            )
+            frames = torch.zeros(1, 3 * len(self.cameras), args.pixel_size, args.pixel_size)
+            num_tokens = 2 + self.frames_proj(frames).shape[2]
+        else:
+            self.environment_state_proj, num_tokens = nn.Linear(sizes["environment_state"], dim), 3
         self.latent_proj = nn.Linear(args.latent_dim, dim)
-        self.token = nn.Parameter(0.02 * torch.randn(1, 3, dim))  # added, it says which token is which
+        self.token = nn.Parameter(0.02 * torch.randn(1, num_tokens, dim))  # added, it says which token is which
         self.encoder = nn.TransformerEncoder(encoder_layer, args.n_encoder_layers, nn.LayerNorm(dim), False)
         self.query = nn.Parameter(0.02 * torch.randn(1, args.chunk_size, dim))
         self.decoder = nn.TransformerDecoder(decoder_layer, args.n_decoder_layers, nn.LayerNorm(dim))
@@ -166,17 +184,26 @@ class Network(nn.Module):
         x = self.vae_encoder(tokens, src_key_padding_mask=padding)
         return self.vae_head(x[:, 0]).chunk(2, dim=1)
 
-    def forward(self, z, state, environment_state):
-        """Chunks (n, chunk_size, 6) from z (n, latent_dim) and the observation, all normalised."""
-        tokens = [self.latent_proj(z), self.state_proj(state), self.environment_state_proj(environment_state)]
-        memory = self.encoder(torch.stack(tokens, dim=1) + self.token)  # (n, 3, dim)
+    def forward(self, z, state, environment_state, *frames):
+        """Chunks (n, chunk_size, 6) from z (n, latent_dim) and the observation, all normalised; frames as they are."""
+        tokens = [self.latent_proj(z)[:, None], self.state_proj(state)[:, None]]
+        if self.cameras:
+            x = torch.cat(frames, dim=3).permute(0, 3, 1, 2) / 255.0 - 0.5  # (n, 3 * cameras, size, size)
+            tokens.append(self.frames_proj(x).transpose(1, 2))
+        else:
+            tokens.append(self.environment_state_proj(environment_state)[:, None])
+        memory = self.encoder(torch.cat(tokens, dim=1) + self.token)  # (n, tokens, dim)
         return self.action_head(self.decoder(self.query.expand(len(z), -1, -1), memory))
 
-    def predict(self, state, environment_state):
-        """Chunks (n, chunk_size, 6) of absolute joint targets, in LeRobot's units as the observation is."""
+    def predict(self, state, *seen):
+        """Chunks (n, chunk_size, 6) of absolute joint targets, in LeRobot's units as the observation is.
+
+        `seen` is the environment_state (n, 15), or the frames (n, size, size, 3) uint8 of each camera.
+        """
+        environment_state, frames = (torch.zeros_like(state[:, :1]), seen) if self.cameras else (*seen, ())
         shape = len(state), self.latent_dim
         z = (torch.randn(shape) if self.sample else torch.zeros(shape)).to(state.device)
-        chunks = self(z, *self.normalizer.observation(state, environment_state))
+        chunks = self(z, *self.normalizer.observation(state, environment_state), *frames)
         return self.normalizer.unnormalize(chunks, state)
 
 
@@ -209,7 +236,7 @@ def make_frames(demos, network, chunk_size):
     network.normalizer.fit(demos["state"], demos["environment_state"], chunks, mask)
     observations = network.normalizer.observation(demos["state"], demos["environment_state"])
     chunks = network.normalizer.normalize(chunks, demos["state"])
-    return Frames(*observations, chunks, mask)
+    return Frames(*observations, chunks, mask, *(demos[camera] for camera in network.cameras))
 
 
 def masked_mean(errors, mask):
@@ -230,9 +257,10 @@ if __name__ == "__main__":
 
     env, env_kwargs = load_task(args.dataset)  # it is judged by the task that was demonstrated
     env_kwargs["observe_measured"] = args.joints == "measured"
-    demos = {
-        key: torch.tensor(rows) for key, rows in load_demos(args.dataset, args.num_demos, env, args.joints).items()
-    }
+    if args.pixels:
+        env_kwargs |= {"pixels": args.pixels, "pixel_size": args.pixel_size}
+    seen = args.joints, args.pixels, args.pixel_size
+    demos = {key: torch.tensor(rows) for key, rows in load_demos(args.dataset, args.num_demos, env, *seen).items()}
     sizes = {key: demos[key].shape[1] for key in ("state", "environment_state", "action")}
     network = Network(args, sizes)
     frames = make_frames(demos, network, args.chunk_size)
@@ -262,10 +290,10 @@ if __name__ == "__main__":
 
         # Update
         b_inds = torch.randint(len(frames), (args.batch_size,))
-        b_states, b_environment_states, b_chunks, b_mask = frames[b_inds]
+        b_states, b_environment_states, b_chunks, b_mask, *b_frames = frames[b_inds]
         mean, logvar = network.encode(b_states, b_chunks, b_mask)
         z = mean + (0.5 * logvar).exp() * torch.randn(mean.shape).to(device)
-        l1_loss = masked_mean((network(z, b_states, b_environment_states) - b_chunks).abs(), b_mask)
+        l1_loss = masked_mean((network(z, b_states, b_environment_states, *b_frames) - b_chunks).abs(), b_mask)
         kl_loss = kl_divergence(mean, logvar)
         loss = l1_loss + args.kl_weight * kl_loss
 

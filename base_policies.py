@@ -18,7 +18,7 @@ import mujoco
 import numpy as np
 import torch
 
-from env_paper_square import JOINTS, SCENE_PATH, PaperSquareVectorEnv, kinematics
+from env_paper_square import JOINTS, PIXEL_ARGUMENTS, SCENE_PATH, PaperSquareVectorEnv, kinematics, rows_of, state_of
 from runs import Flags, Real, UserError, check_rows, data_of, load_checkpoint, load_module, restored
 
 CONTACT_HEIGHT = 0.009  # m, the fingertip's centre on the sheet: 1 mm of card and the fingertip's radius of 8 mm
@@ -86,7 +86,7 @@ class ZeroPolicy(BasePolicy):
     """Holds still: with it, a residual script is pure RL."""
 
     def __call__(self, obs: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-        return np.zeros((len(obs), len(JOINTS)))
+        return np.zeros((len(state_of(obs)), len(JOINTS)))
 
 
 def damped_step(jacobian: np.ndarray, motion: np.ndarray, damping: float) -> np.ndarray:
@@ -151,17 +151,17 @@ class JacobianIKPolicy(BasePolicy):
         self.hover_height = hover_height
 
     def __call__(self, obs: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-        state = self.env.to_si(obs)  # (num_envs, obs_dim)
+        state = self.env.to_si(state_of(obs))  # (num_envs, obs_dim)
         joint_target = joint_targets(state, self.env)
         commanded, jacobian = kinematics(joint_target)
         pitch = joint_target[:, 1:4].sum(axis=1)  # rad, about three parallel axes
 
-        error = np.zeros((len(obs), 5))
+        error = np.zeros((len(state), 5))
         error[:, :3] = self.fingertip_target(state, commanded) - commanded
         error[:, 3] = self.PITCH - pitch
         step = self.gain * damped_step(jacobian, error, self.damping)  # (num_envs, 5), rad
         step *= np.minimum(1.0, self.speed_limit / np.maximum(np.abs(step).max(axis=1, keepdims=True), 1e-9))
-        action = np.zeros((len(obs), len(JOINTS)))
+        action = np.zeros((len(state), len(JOINTS)))
         action[:, :5] = step / self.act_scale
         return np.clip(action, -1.0, 1.0)
 
@@ -215,8 +215,10 @@ class FrozenILPolicy(BasePolicy):
             self.network = script.make_network(checkpoint).to(device)
         except KeyError as error:  # the state of a run, say
             raise UserError(f"this is not a policy's checkpoint of {checkpoint['script']}.py: no {error}") from error
-        self.measured = checkpoint.get("args", {}).get("joints", "measured") == "measured"  # LeRobot knows no other
+        joints = getattr(self.network, "joints", "measured")  # LeRobot knows no other
+        self.measured = checkpoint.get("args", {}).get("joints", joints) == "measured"
         self.n_action_steps, self.coeff = self.network.n_action_steps, self.network.temporal_ensemble_coeff
+        self.cameras = getattr(self.network, "cameras", ())  # instead of the environment state
         if self.measured and not observe_measured:
             raise UserError("this base sees the joints as they are measured: add --observe-measured")
         self.pointer = np.zeros(0, dtype=np.int64)  # next step of the chunk; or how many chunks an ensemble has
@@ -229,17 +231,20 @@ class FrozenILPolicy(BasePolicy):
         self.pointer[mask] = 0 if self.coeff else self.n_action_steps  # none yet, or used up
 
     def __call__(self, obs: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-        ids = np.arange(len(obs)) if mask is None else np.flatnonzero(mask)
+        state = state_of(obs)
+        if state is obs and self.cameras:
+            raise UserError("this base sees cameras, and the environment has none: ppo_residual.py gives it some")
+        ids = np.arange(len(state)) if mask is None else np.flatnonzero(mask)
         if len(self.pointer) == 0:
-            self.reset(np.ones(len(obs) if mask is None else len(mask), dtype=bool))
+            self.reset(np.ones(len(state) if mask is None else len(mask), dtype=bool))
         play = self.ensemble if self.coeff else self.play_chunk
-        return np.clip(play(obs, ids, joint_targets(self.env.to_si(obs), self.env)) / self.act_scale, -1.0, 1.0)
+        return np.clip(play(obs, ids, joint_targets(self.env.to_si(state), self.env)) / self.act_scale, -1.0, 1.0)
 
     def play_chunk(self, obs: np.ndarray, ids: np.ndarray, joint_target: np.ndarray) -> np.ndarray:
         """Increments (ids, 6), rad, by the chunks that the environments `ids` are in."""
         ask = self.pointer[ids] == self.n_action_steps
         if ask.any():
-            targets = np.concatenate([joint_target[ask, None], self.predict(obs[ask])], axis=1)
+            targets = np.concatenate([joint_target[ask, None], self.predict(rows_of(obs, ask))], axis=1)
             self.chunks[ids[ask], 0] = np.diff(targets, axis=1)
             self.pointer[ids[ask]] = 0
         self.pointer[ids] += 1
@@ -257,8 +262,10 @@ class FrozenILPolicy(BasePolicy):
 
     def predict(self, obs: np.ndarray) -> np.ndarray:
         """Chunks of absolute joint targets (num, chunk_size, 6), rad, for observations (num, obs_dim)."""
+        state, environment_state = to_lerobot(state_of(obs), self.env, self.measured)
+        others = [obs[camera] for camera in self.cameras] if self.cameras else [environment_state]
         with torch.inference_mode():
-            parts = [torch.from_numpy(part).to(self.device) for part in to_lerobot(obs, self.env, self.measured)]
+            parts = [torch.from_numpy(part).to(self.device) for part in (state, *others)]
             chunk = self.network.predict(*parts)
         return joints_to_rad(chunk.cpu().numpy())
 
@@ -296,11 +303,11 @@ class HybridPolicy(BasePolicy):
         actions = np.stack([policy(obs, mask) for policy in self.policies])  # (bases, num_envs, 6)
         if self.mode == "blend":
             return np.tensordot(self.weights, actions, axes=1)
-        to_square = self.env.to_si(obs)[:, self.env.OBS["sheet_to_square"]]
+        to_square = self.env.to_si(state_of(obs))[:, self.env.OBS["sheet_to_square"]]
         progress = 1.0 - np.linalg.norm(to_square, axis=1) / NOMINAL_WAY
         progress = np.clip(progress, 0.0, np.nextafter(1.0, 0.0))  # a base of weight 0 gets no turn
         turn = np.searchsorted(np.cumsum(self.weights)[:-1], progress, side="right")  # (num_envs,), index of the base
-        return actions[turn, np.arange(len(obs))]
+        return actions[turn, np.arange(len(turn))]
 
     def reset(self, mask: np.ndarray) -> None:
         for policy in self.policies:
@@ -319,6 +326,14 @@ def load_il(path: str) -> dict:
     if Path(path).is_dir():
         return importlib.import_module("lerobot_policy").read_folder(Path(path))
     return load_checkpoint(path)
+
+
+def seen_by_base(args: "BaseArgs") -> dict:
+    """The constructor arguments of the environment that give the base the cameras that it looks through, if any."""
+    if args.base_policy != "il" and not (args.base_policy == "hybrid" and "il" in args.hybrid_bases):
+        return {}
+    task = load_il(args.il_checkpoint).get("env", {}).get("kwargs", {})
+    return {name: task[name] for name in PIXEL_ARGUMENTS if name in task}
 
 
 BASES = {  # by name, what builds it of the flags `args`, and of what `make_base` is given

@@ -27,7 +27,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from runs import Flags, Real, Whole, available_cores, data_of, restored
+from runs import Flags, Real, UserError, Whole, available_cores, data_of, restored
 
 try:
     from mujoco.batch import Batch
@@ -37,10 +37,13 @@ except ImportError as error:
 SCENE_PATH = Path(__file__).resolve().parent / "assets" / "paper_square.xml"
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 FINGERTIPS = ("fixed_fingertip", "moving_fingertip")  # sites; the first is the one that is steered
+CAMERAS = ("top", "side", "desk", "wrist")
+PIXEL_ARGUMENTS = ("pixels", "pixel_size", "randomize_camera", "randomize_looks")  # of the environment: what it sees
 SHEET_HALF_SIZE = np.array([0.074, 0.0525])  # A6, m
 SHEET_THICKNESS = 0.001  # m
 SQUARE_POS = np.array([0.19, 0.09])  # centre of the tape square, m
 TAPE_WIDTH = 0.0125  # m
+TAPE_SIDES = {"front": (1, 0), "back": (-1, 0), "left": (0, 1), "right": (0, -1)}  # where from the square's centre
 PRINT_GROUP, MARKER_GROUP = 1, 4  # of the scene's geoms: what may be on the sheet
 FLAT_HEIGHT = 0.01  # a corner higher than this is not on the table, m
 POLICY_HZ = 30  # steps per second
@@ -356,13 +359,20 @@ class PaperSquareVectorEnv(VectorEnv):
     diverge (MuJoCo warns, or a number is not finite): the environment stays as it was before the step, and
     `info["physics_reset"]` says so.
 
+    ## Pixels
+    With `pixels=("top", "side")`, some of top, side, desk and wrist, observations are dicts: "state" is all of the
+    above, and by its name each camera's frames, (num_envs, pixel_size, pixel_size, 3) uint8, as late as the sheet's
+    pose is. Every episode draws their looks (`pixels.LOOKS`): each camera is off by up to 2 mm and 1 degree along and
+    about its axes, times `randomize_camera`; the light and the colours of table, sheet, arm and tape are any moderate
+    ones, or nearer to the nominal ones by `randomize_looks` below 1. The rest of an episode is the same as without.
+
     ## Arguments
     `num_envs`; `max_episode_steps`; `hold_steps`; `fixed`; `physics_hz`, `control_hz`, `policy_hz` (each must divide
     the one before it); `autoreset_mode` (`SAME_STEP`, `NEXT_STEP`, or `DISABLED` with `reset(options={"reset_mask":
     mask})`); `render_mode` (None, "rgb_array", "human": the first environment in MuJoCo's viewer), `camera` (top, side,
     desk, wrist), `width`, `height`, `markers` (images show the sheet with those of docs/sheet.pdf instead of its
-    print); and all of `EnvArgs`, by keyword. `envs.tape_half_size` may be assigned, and holds from each environment's
-    next episode on.
+    print); `pixels`, `pixel_size`, `randomize_camera`, `randomize_looks` (see Pixels); and all of `EnvArgs`, by
+    keyword. `envs.tape_half_size` may be assigned, and holds from each environment's next episode on.
 
     Raises ValueError for arguments, seeds or actions that it cannot use.
     """
@@ -374,7 +384,7 @@ class PaperSquareVectorEnv(VectorEnv):
     _FIXED = {"model", "batch", "spec", "autoreset_mode", "metadata", "key_callback", "_fingertip", "fingertip_force"}
     _FIXED |= {"single_action_space", "single_observation_space", "action_space", "observation_space"}
     _FIXED |= {"_renderer", "_viewer", "_close_renderer", "_close_viewer", "_scene", "_scene_data", "_next_frame"}
-    _FIXED |= {"_arguments"}
+    _FIXED |= {"_eyes", "_close_eyes", "_arguments"}
 
     def __init__(
         self,
@@ -392,6 +402,10 @@ class PaperSquareVectorEnv(VectorEnv):
         width: int = 640,
         height: int = 480,
         markers: bool = False,
+        pixels: Sequence[str] = (),
+        pixel_size: int = 64,
+        randomize_camera: float = 1.0,
+        randomize_looks: float = 1.0,
         **flags,
     ):
         arguments = {name: value for name, value in locals().items() if name not in ("self", "flags", "__class__")}
@@ -406,13 +420,23 @@ class PaperSquareVectorEnv(VectorEnv):
             )
         if render_mode not in (None, "rgb_array", "human"):
             raise ValueError(f"render_mode must be None, 'rgb_array' or 'human', found {render_mode!r}")
+        if not set(pixels) <= set(CAMERAS) or not 8 <= pixel_size <= 512:
+            raise ValueError(
+                f"pixels are of {', '.join(CAMERAS)}, 8 to 512 high, found pixels={pixels}, pixel_size={pixel_size}"
+            )
+        if not 0 <= randomize_camera <= 10 or not 0 <= randomize_looks <= 1:
+            raise ValueError(
+                "randomize_camera must be from 0 to 10 and randomize_looks from 0 to 1, "
+                f"found {randomize_camera} and {randomize_looks}"
+            )
+        looks = importlib.import_module("pixels").LOOKS if pixels else {}
         self.fixed = fixed or {}
         for name, value in self.fixed.items():
-            _, low, high = DRAWS.get(name, (0, np.inf, -np.inf))
+            _, low, high = (DRAWS | looks).get(name, (0, np.inf, -np.inf))
             whole = name not in ("delay", "lag") or np.all(np.mod(value, 1) == 0)
             if not (low <= np.min(value) and np.max(value) <= high and whole):
                 raise ValueError(
-                    f"fixed takes {name!r} from {low} to {high}, found {value}; it knows {', '.join(DRAWS)}"
+                    f"fixed takes {name!r} from {low} to {high}, found {value}; it knows {', '.join(DRAWS | looks)}"
                 )
         self._arguments = arguments | flags  # for copies
         self.num_envs, self.max_episode_steps, self.hold_steps = num_envs, max_episode_steps, hold_steps
@@ -422,6 +446,8 @@ class PaperSquareVectorEnv(VectorEnv):
             name: getattr(args, f"randomize_{name}") * (args.randomize if name in OF_THE_SHEET else arm)
             for name in (*DRAWS, "noise")
         }
+        self._scales |= {"camera": randomize_camera * arm, "looks": randomize_looks * arm}
+        self.pixels, self.pixel_size = tuple(pixels), pixel_size
         self.encoder_tick = args.encoder_tick * arm
         self.control_ticks = control_hz // policy_hz
         self.physics_steps = physics_hz // control_hz
@@ -435,6 +461,10 @@ class PaperSquareVectorEnv(VectorEnv):
         }
         self.single_action_space = gym.spaces.Box(-1.0, 1.0, (6,), np.float32)
         self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (OBS_DIM,), np.float32)
+        if pixels:
+            frame = gym.spaces.Box(0, 255, (pixel_size, pixel_size, 3), np.uint8)
+            spaces = {"state": self.single_observation_space, **dict.fromkeys(pixels, frame)}
+            self.single_observation_space = gym.spaces.Dict(spaces)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
 
@@ -467,7 +497,8 @@ class PaperSquareVectorEnv(VectorEnv):
 
         self._rngs: list[np.random.Generator | None] = [None] * num_envs
         self.paused = np.zeros(num_envs, dtype=bool)  # set an entry, and that environment costs and does nothing
-        self.drawn = {name: np.zeros((num_envs, size)) for name, (size, *_) in DRAWS.items()}  # of each episode, SI
+        # Of each episode, SI
+        self.drawn = {name: np.zeros((num_envs, size)) for name, (size, *_) in (DRAWS | looks).items()}
         self._noise = np.zeros((num_envs, NOISE_STEPS, 3), dtype=np.float32)  # standard normal
         self.joint_target, self._last_action = np.zeros((num_envs, 6)), np.zeros((num_envs, 6))
         steps = {
@@ -476,12 +507,13 @@ class PaperSquareVectorEnv(VectorEnv):
         self._targets = np.zeros((num_envs, steps["delay"], 6))  # the last joint targets, newest first
         self._command = np.zeros((num_envs, 6))  # where the links are sent, rad
         self._poses = np.zeros((num_envs, steps["lag"], 3))  # the last poses of the sheet, newest first
+        self._sights = np.zeros((num_envs, steps["lag"] if pixels else 0, self.model.nq))  # the last states
         self._tape_half_size = np.zeros(num_envs)
         self.hold_counter = np.zeros(num_envs, dtype=np.int64)
         self._seen_inside = np.zeros(num_envs, dtype=np.int64)  # as the hold counter, of the sheet as it is seen
         self._episode_steps = np.zeros(num_envs, dtype=np.int64)
         self._ended = np.zeros(num_envs, dtype=bool)  # of NEXT_STEP: what the coming step starts anew
-        self._renderer = self._viewer = self._scene = self._scene_data = None
+        self._renderer = self._viewer = self._scene = self._scene_data = self._eyes = None
         self.key_callback = None  # called with the GLFW code of each key that is pressed in the viewer
 
     def __reduce__(self):
@@ -515,7 +547,7 @@ class PaperSquareVectorEnv(VectorEnv):
         self._episode_steps[mask] = episode_steps[mask]
         self._ended[mask] = False
         infos = self._state_info()
-        return self._observe(), {**infos, **{f"_{key}": mask.copy() for key in infos}}
+        return self._observe(mask), {**infos, **{f"_{key}": mask.copy() for key in infos}}
 
     def step(self, actions: np.ndarray):
         """Advance every environment by one policy step.
@@ -562,7 +594,7 @@ class PaperSquareVectorEnv(VectorEnv):
         terms = {name: np.where(fresh, 0.0, term) for name, term in self._reward_terms(infos).items()}
         rewards = np.sum(list(terms.values()), axis=0)
         infos |= {f"reward/{name}": value for name, value in terms.items()}
-        observations = self._observe()
+        observations = self._observe(~self.paused)
         if self.render_mode == "human":
             self.render()
 
@@ -572,9 +604,9 @@ class PaperSquareVectorEnv(VectorEnv):
             final_obs = np.full(self.num_envs, None, dtype=object)
             final_info = {key: np.where(done, value, np.zeros_like(value)) for key, value in infos.items()}
             for i in np.flatnonzero(done):
-                final_obs[i] = observations[i]
+                final_obs[i] = rows_of(observations, i)
             self._start_episodes(np.flatnonzero(done))
-            observations, fresh = self._observe(), self._state_info()
+            observations, fresh = self._observe(done), self._state_info()
             infos = {key: np.where(done, fresh.get(key, np.zeros_like(v)), v) for key, v in infos.items()}
             masks = {f"_{key}": np.ones_like(done) if key in fresh else ~done for key in infos}
             final_info |= {f"_{key}": done.copy() for key in final_info}
@@ -614,7 +646,7 @@ class PaperSquareVectorEnv(VectorEnv):
         if self._renderer is None:
             self._load_scene()
             self._renderer = make_renderer(self._scene, self.height, self.width)
-            self._close_renderer = weakref.finalize(self, self._renderer.close)  # at exit, while its context is there
+            self._close_renderer = finalizer(self, self._renderer.close)
         self._pose_scene(index)
         self._renderer.update_scene(self._scene_data, camera or self.camera, scene_option(self.markers))
         self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = shadows  # half the time of a frame without a GPU
@@ -623,7 +655,7 @@ class PaperSquareVectorEnv(VectorEnv):
     def _show(self) -> None:
         if self._viewer is None:
             if platform.system() == "Linux" and not has_display():
-                raise RuntimeError("MuJoCo's viewer needs a display, and neither DISPLAY nor WAYLAND_DISPLAY is set")
+                raise UserError("MuJoCo's viewer needs a display, and neither DISPLAY nor WAYLAND_DISPLAY is set")
             viewer = importlib.import_module("mujoco.viewer")
             self._load_scene()
             threads = set(threading.enumerate())
@@ -632,8 +664,7 @@ class PaperSquareVectorEnv(VectorEnv):
                 self._scene, self._scene_data, key_callback=self.key_callback, **hidden
             )
             threads = set(threading.enumerate()) - threads
-            self._close_viewer = weakref.finalize(self, close_viewer, self._viewer, threads)
-            atexit.register(self._close_viewer)  # before the viewer's own exit, under which its thread would draw on
+            self._close_viewer = finalizer(self, close_viewer, self._viewer, threads)
             self._next_frame = time.perf_counter()
         self._pose_scene(0)
         self._viewer.sync()
@@ -651,23 +682,17 @@ class PaperSquareVectorEnv(VectorEnv):
             self._scene_data = mujoco.MjData(self._scene)
 
     def _pose_scene(self, index: int) -> None:
-        """Give the scene (the model with everything a camera sees) the state of one environment."""
-        inner, outer = self._tape_half_size[index], self._tape_half_size[index] + TAPE_WIDTH
-        middle = (inner + outer) / 2
-        for name, x, y in (("front", 1, 0), ("back", -1, 0), ("left", 0, 1), ("right", 0, -1)):
-            geom = self._scene.geom(f"tape_{name}")
-            geom.pos[:2] = x * middle, y * middle
-            geom.size[:2] = (TAPE_WIDTH / 2, outer) if x else (inner, TAPE_WIDTH / 2)
-        self._scene.body("base").pos[:] = self._body_pos[index, self._base]
-        self._scene_data.qpos[:] = as_drawn(self._qpos[index])
-        mujoco.mj_forward(self._scene, self._scene_data)
+        base_pos = self._body_pos[index, self._base]
+        pose_scene(self._scene, self._scene_data, self._qpos[index], self._tape_half_size[index], base_pos)
 
     def close_extras(self, **kwargs) -> None:
         if self._renderer is not None:
             self._close_renderer()
         if self._viewer is not None:
             self._close_viewer()
-        self._renderer = self._viewer = None
+        if self._eyes is not None:
+            self._close_eyes()
+        self._renderer = self._viewer = self._eyes = None
 
     def _draw(self, ids: np.ndarray) -> None:
         """Draw what differs from episode to episode for the environments `ids`, whose generators give the same numbers
@@ -686,6 +711,9 @@ class PaperSquareVectorEnv(VectorEnv):
         ):
             anywhere = low * (high / low) ** ((unit[name] + 1) / 2)
             drawn[name] = nominal * (anywhere / nominal) ** self._scales[name]
+        if self.pixels:  # from the bits of these numbers, so that an episode is the same with cameras and without
+            seeds, scales = uniform.view(np.uint32), (self._scales["camera"], self._scales["looks"])
+            drawn |= importlib.import_module("pixels").draw_looks(seeds, *scales)
         for name, values in drawn.items():
             self.drawn[name][ids] = self.fixed.get(name, values)
 
@@ -716,6 +744,7 @@ class PaperSquareVectorEnv(VectorEnv):
         self._targets[ids] = self._home_ctrl
         self.batch.forward(ids, mujoco.mjtStage.mjSTAGE_VEL.value)
         self._poses[ids] = self.sheet_pose[ids, None]
+        self._sights[ids] = self._qpos[ids, None]
         self._tape_half_size[ids] = self.tape_half_size
         self.hold_counter[ids] = self._seen_inside[ids] = self._episode_steps[ids] = 0
 
@@ -734,6 +763,8 @@ class PaperSquareVectorEnv(VectorEnv):
     def _see(self, stepped: np.ndarray) -> None:
         """Take in where the sheet is, for `seen_pose` to tell of it in time; count where, in the mask, it is inside."""
         self._poses = np.concatenate([self.sheet_pose[:, None], self._poses[:, :-1]], axis=1)
+        if self.pixels:
+            self._sights = np.concatenate([self._qpos[:, None], self._sights[:, :-1]], axis=1)
         seen = is_inside(self.seen_pose, self._tape_half_size)
         self._seen_inside = np.where(seen & stepped, self._seen_inside + 1, 0)
 
@@ -784,9 +815,22 @@ class PaperSquareVectorEnv(VectorEnv):
             "force": self.force_weight * np.maximum(self.fingertip_force.max(axis=1) - FORCE_LIMIT, 0.0),
         }
 
-    def _observe(self) -> np.ndarray:
+    def _observe(self, mask: np.ndarray | None = None) -> np.ndarray | dict[str, np.ndarray]:
+        """The observations; cameras look anew at the environments of the mask (num_envs,) only."""
         known = self.joint_target, self._last_action, self.seen_pose, self._tape_half_size, self._seen_inside
-        return make_observation(*known, self.joint_measured if self.observe_measured else None)
+        state = make_observation(*known, self.joint_measured if self.observe_measured else None)
+        if not self.pixels:
+            return state
+        if self._eyes is None:
+            make_eyes = importlib.import_module("pixels").Eyes
+            self._eyes = make_eyes(self.num_envs, self.pixels, self.pixel_size, self.markers)
+            self._close_eyes = finalizer(self, self._eyes.close)
+            mask = None
+        ids = np.arange(self.num_envs) if mask is None else np.flatnonzero(mask)
+        seen = self._sights[np.arange(self.num_envs), self.drawn["lag"][:, 0].astype(int)]
+        states = {"qpos": seen, "tape_half_size": self._tape_half_size, "base_pos": self._body_pos[:, self._base]}
+        self._eyes.look(ids, states, self.drawn)
+        return {"state": state, **{camera: frames.copy() for camera, frames in self._eyes.frames.items()}}
 
 
 class PaperSquareEnv(gym.Env):
@@ -806,12 +850,13 @@ class PaperSquareEnv(gym.Env):
         """Start an episode; returns observation (obs_dim,) float32 and info."""
         super().reset(seed=seed)
         observations, infos = self.envs.reset(seed=[seed])
-        return observations[0], self._first(infos)
+        return rows_of(observations, 0), self._first(infos)
 
     def step(self, action: np.ndarray):
         """Advance one policy step with action (6,) in [-1, 1]."""
         observations, rewards, terminations, truncations, infos = self.envs.step(np.asarray(action)[None])
-        return observations[0], float(rewards[0]), bool(terminations[0]), bool(truncations[0]), self._first(infos)
+        outcome = float(rewards[0]), bool(terminations[0]), bool(truncations[0])
+        return rows_of(observations, 0), *outcome, self._first(infos)
 
     def render(self) -> np.ndarray | None:
         """The image (height, width, 3) uint8, or None in mode "human"."""
@@ -824,6 +869,25 @@ class PaperSquareEnv(gym.Env):
     @staticmethod
     def _first(infos: dict) -> dict:
         return {key: value[0].item() for key, value in infos.items() if not key.startswith("_")}
+
+
+def rows_of(observations: np.ndarray | dict[str, np.ndarray], which) -> np.ndarray | dict[str, np.ndarray]:
+    """The observations of some environments, or of one, by index; of the state alone or with frames."""
+    if isinstance(observations, dict):
+        return {name: x[which] for name, x in observations.items()}
+    return observations[which]
+
+
+def state_of(observations: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
+    """The observations without frames, (num_envs, obs_dim)."""
+    return observations["state"] if isinstance(observations, dict) else observations
+
+
+def stack_observations(observations: Sequence) -> np.ndarray | dict[str, np.ndarray]:
+    """Observations of single environments as those of a batch."""
+    if isinstance(observations[0], dict):
+        return {name: np.stack([observation[name] for observation in observations]) for name in observations[0]}
+    return np.stack(observations)
 
 
 def has_display() -> bool:
@@ -840,7 +904,7 @@ def make_renderer(model: mujoco.MjModel, height: int, width: int) -> mujoco.Rend
             if subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True).returncode == 0:
                 break
         else:
-            raise RuntimeError(
+            raise UserError(
                 "headless rendering needs EGL or OSMesa, and neither works here; on Debian or Ubuntu: "
                 "apt-get install libegl1 libgl1-mesa-dri (or libosmesa6)"
             )
@@ -867,11 +931,34 @@ def as_drawn(qpos: np.ndarray) -> np.ndarray:
     return qpos
 
 
+def pose_scene(
+    scene: mujoco.MjModel, data: mujoco.MjData, qpos: np.ndarray, tape_half_size: float, base_pos: np.ndarray
+) -> None:
+    """Give the scene, the model with everything that a camera sees, the state of one environment."""
+    inner, outer = tape_half_size, tape_half_size + TAPE_WIDTH
+    middle = (inner + outer) / 2
+    sides = [mujoco.mj_name2id(scene, mujoco.mjtObj.mjOBJ_GEOM, f"tape_{side}") for side in TAPE_SIDES]
+    scene.geom_pos[sides, :2] = middle * np.array(list(TAPE_SIDES.values()))
+    scene.geom_size[sides, :2] = [(TAPE_WIDTH / 2, outer)] * 2 + [(inner, TAPE_WIDTH / 2)] * 2
+    scene.body_pos[mujoco.mj_name2id(scene, mujoco.mjtObj.mjOBJ_BODY, "base")] = base_pos
+    data.qpos[:] = as_drawn(qpos)
+    mujoco.mj_kinematics(scene, data)
+    mujoco.mj_camlight(scene, data)
+
+
 def scene_option(markers: bool = False) -> mujoco.MjvOption:
     """What a renderer's `update_scene` takes to show the sheet with its print or, if `markers`, with those instead."""
     option = mujoco.MjvOption()
     option.geomgroup[[PRINT_GROUP, MARKER_GROUP]] = not markers, markers
     return option
+
+
+def finalizer(envs: VectorEnv, *call) -> weakref.finalize:
+    """Have a call made when the environments are gone, at exit at the latest, and before what was set up until now ends
+    there: a renderer's context, the viewer's thread."""
+    call = weakref.finalize(envs, *call)
+    atexit.register(call)
+    return call
 
 
 def close_viewer(viewer, threads: set[threading.Thread]) -> None:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from base_policies import BASES, BaseFlags, BasePolicy, make_base
 from env_paper_square import (
     DRAWS,
+    PIXEL_ARGUMENTS,
     POLICY_HZ,
     SERVO_FRICTION,
     STIFFNESS,
@@ -35,6 +36,7 @@ from env_paper_square import (
     room,
 )
 from figures import check_rendering, choose_films, film_episode, plot_results, plot_sweeps, watch
+from pixels import LOOKS
 from runs import (
     ROOT,
     Real,
@@ -105,6 +107,9 @@ class Args(BaseFlags):
     """largest yaw of the sheet's start, rad (default: as the checkpoint is judged, else 0.3)"""
     randomize_arm: bool | None = None
     """whether the arm and how it is seen are randomised (default: as the checkpoint was trained, else True)"""
+    fixed: tyro.conf.UseAppendAction[tuple[tuple[Literal[(*DRAWS, *LOOKS)], tuple[float, ...]], ...]] = ()
+    """one of the things that every episode draws, at a value in all of them, or at a value for each of its numbers (SI
+    units, steps; colours from 0 to 1): --fixed delay 2, or of a policy that sees pixels --fixed table 0.1 0.2 0.8"""
     sweep: tyro.conf.UseAppendAction[tuple[tuple[Literal[tuple(SWEEPS)], Real[-400, 400], Real[-400, 400]], ...]] = ()
     """also play with one thing from LOW to HIGH, in all episodes: friction, mass (times nominal), stiffness (N.m/rad),
     servo_friction (N.m), height of the table (m), backlash (rad), delay, lag (policy steps); or drawn so widely: xy (m)
@@ -156,7 +161,7 @@ class RandomPolicy:
 def disturbed(task: partial, name: str, value: float) -> partial:
     """The task with one of `SWEEPS` at a value; on a nominal arm, all others stay nominal."""
     if name not in SCALES:
-        return partial(task, fixed={name: value})
+        return partial(task, fixed={**task.keywords.get("fixed", {}), name: value})
     nominal = nominal_arm() if not task.keywords.get("randomize_arm", True) else {}
     return partial(task, **nominal | {f"randomize_{name}": value})
 
@@ -335,6 +340,8 @@ def load_policies(args: Args) -> tuple[dict, dict]:
     device = find_device(args.device)
     asked = {name: getattr(args, name) for name in ("tape_half_size", "randomize_xy", "randomize_yaw", "randomize_arm")}
     overrides = {name: value for name, value in asked.items() if value is not None}
+    if args.fixed:
+        overrides["fixed"] = {name: np.array(values) if len(values) > 1 else values[0] for name, values in args.fixed}
     for path in args.model_path:
         policy, task, checkpoint = load_policy(path, args.script, args.stochastic, device)
         task, flags = partial(task, **overrides), checkpoint["args"]
@@ -352,10 +359,11 @@ def load_policies(args: Args) -> tuple[dict, dict]:
     act_scale = shared.keywords.get("act_scale", EnvArgs.act_scale)
     for name in [*args.policy, *["zero"] * args.compare_zero, *["random"] * args.compare_random]:
         base = None if name == "random" else make_base(name, args, shared.func, act_scale, device=device)
-        policies[name], tasks[name] = base or RandomPolicy(), partial(shared, observe_measured=True)
+        policies[name], tasks[name] = base or RandomPolicy(), partial(shared, observe_measured=True, pixels=())
     if len({task.func for task in tasks.values()}) > 1:
         raise UserError("the checkpoints were trained in different environments: evaluate them apart")
-    for key in set().union(*(task.keywords for task in tasks.values())) - {"act_scale", "observe_measured"}:
+    own = {"act_scale", "observe_measured", *PIXEL_ARGUMENTS}  # how each acts and sees
+    for key in set().union(*(task.keywords for task in tasks.values())) - own:
         if len({task.keywords.get(key) for task in tasks.values()}) > 1:
             raise UserError(f"the checkpoints were trained for tasks of different {key}: evaluate them apart")
     if not policies:

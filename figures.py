@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from env_paper_square import POLICY_HZ, EnvArgs, PaperSquareVectorEnv, room
-from runs import UserError, write_whole
+from runs import write_whole
 
 LARGEST_RESIDUAL = 6**0.5  # norm of a residual action with all six entries at their bounds
 
@@ -153,23 +153,21 @@ def check_rendering() -> None:
     """Raise UserError if offscreen rendering does not work here."""
     envs = PaperSquareVectorEnv(1)
     envs.reset(seed=0)
-    try:
-        envs.render_frame()
-    except RuntimeError as error:
-        raise UserError(str(error)) from error
+    envs.render_frame()
     envs.close()
 
 
-def run_episode(policy, envs: VectorEnv, seed: int) -> Iterator[tuple[int, str]]:
-    """Play one episode in a single environment; yields the step, and the outcome, which is empty until the end."""
+def run_episode(policy, envs: VectorEnv, seed: int) -> Iterator[tuple[int, str, np.ndarray | dict]]:
+    """Play one episode in a single environment; yields the step, the outcome, which is empty until the end, and the
+    observation."""
     obs, _ = envs.reset(seed=[seed])
     policy.reset(np.ones(1, dtype=bool))
     step, outcome = 0, ""
-    yield step, outcome
+    yield step, outcome, obs
     while not outcome:
         obs, _, terminations, truncations, _ = envs.step(policy(obs))
         step, outcome = step + 1, "success" if terminations[0] else "failure" if truncations[0] else ""
-        yield step, outcome
+        yield step, outcome, obs
 
 
 def encode_mp4(frames: Sequence[np.ndarray], **options) -> bytes:
@@ -186,13 +184,32 @@ def encode_mp4(frames: Sequence[np.ndarray], **options) -> bytes:
     return film
 
 
+def decode_mp4(path: Path) -> Iterator[np.ndarray]:
+    """The frames of a film, (height, width, 3) uint8 each; raises OSError or ValueError if it cannot be read."""
+    import imageio
+
+    with imageio.get_reader(path, "mp4") as film:
+        yield from film
+
+
+def shrink(frame: np.ndarray, size: int) -> np.ndarray:
+    """The middle of an image (height, width, 3) uint8, as a square of `size` pixels."""
+    from PIL import Image
+
+    height, width = frame.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    box = (left, top, left + side, top + side)
+    return np.asarray(Image.fromarray(frame).resize((size, size), Image.Resampling.BOX, box))
+
+
 def film_episode(
     policies: dict, tasks: dict, seed: int, path: Path, camera: str = "side", height: int = 480, stride: int = 2
 ) -> None:
     """Film one episode, the policies side by side, each with its name and outcome; path ends in .mp4 or .webp.
 
     `tasks[name](num_envs)` makes the environment of a policy. A bar at the lower edge is the norm of the residual
-    action, in a frame of its largest length.
+    action, in a frame of its largest length. Beside a policy that sees pixels is what it sees.
     """
     from PIL import Image, ImageDraw
 
@@ -201,14 +218,15 @@ def film_episode(
     for name, policy in policies.items():
         envs = tasks[name](1, autoreset_mode=AutoresetMode.DISABLED, **view)
         film = []
-        for step, outcome in run_episode(policy, envs, seed):
+        for step, outcome, obs in run_episode(policy, envs, seed):
             if step % stride == 0 or outcome:
                 residual_action = getattr(policy, "residual_action", None)  # (1, 6), at step 0 of an earlier episode
                 norm = None if residual_action is None else float(np.linalg.norm(residual_action)) * (step > 0)
-                film.append((step, outcome, norm, envs.render_frame()))
+                seen = [x[0] for name, x in obs.items() if name != "state"] if isinstance(obs, dict) else []
+                film.append((step, outcome, norm, envs.render_frame(), seen))
         envs.close()
         size = height // 24  # of the letters, pixels
-        for k, (step, outcome, norm, frame) in enumerate(film):
+        for k, (step, outcome, norm, frame, seen) in enumerate(film):
             picture = Image.fromarray(frame)
             draw = ImageDraw.Draw(picture)
             text = f"{name}  {step / POLICY_HZ:.1f} s" + (f": {outcome}" if outcome else "")
@@ -219,7 +237,9 @@ def film_episode(
                 draw.rectangle((left, low - size, right, low), outline=(20, 20, 20))
                 filled = left + (right - left) * min(norm / LARGEST_RESIDUAL, 1.0)
                 draw.rectangle((left, low - size, filled, low), fill=(31, 119, 180))
-            film[k] = np.asarray(picture)
+            side = height // max(len(seen), 1)
+            scaled = [Image.fromarray(x).resize((side, side), Image.Resampling.NEAREST) for x in seen]
+            film[k] = np.concatenate([picture, np.concatenate(scaled)], axis=1) if seen else np.asarray(picture)
         films.append(film)
     longest = max(len(film) for film in films)
     films = [film + [film[-1]] * (longest + 15 - len(film)) for film in films]
@@ -238,7 +258,7 @@ def watch(policies: dict, tasks: dict, seeds: Sequence[int]) -> None:
     for name, policy in policies.items():
         envs = tasks[name](1, autoreset_mode=AutoresetMode.DISABLED, render_mode="human")
         for seed in seeds:
-            for _, outcome in run_episode(policy, envs, seed):
+            for _, outcome, _ in run_episode(policy, envs, seed):
                 if outcome:
                     print(f"{name}, episode {seed}: {outcome}")
                 if envs.viewer_closed:

@@ -4,6 +4,7 @@
 the folder holds the episodes that info.json counts. `load_demos` reads such a folder, this project's or LeRobot's own.
 """
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from torch.utils.data import TensorDataset
 
 from base_policies import env_state_rows
 from env_paper_square import JOINTS, POLICY_HZ, EnvArgs, PaperSquareVectorEnv, eval_kwargs
-from figures import encode_mp4
+from figures import decode_mp4, encode_mp4, shrink
 from runs import UserError, digest, env_of, lock, write_json, write_whole
 
 TASK_FILE = "meta/environment.json"  # this project's own: which environment was recorded
@@ -34,8 +35,10 @@ MOST_FRAMES = 10**7  # 1 GB in memory: 25,000 episodes of full length
 MOST_BYTES = 2**32  # of one file, unpacked; LeRobot makes files of 100 MB
 
 
-def make_features(env: type = PaperSquareVectorEnv, video_height: int = 0) -> dict[str, dict]:
-    """The features of info.json, in the order of the data's columns; with cameras if `video_height`, pixels.
+def make_features(
+    env: type = PaperSquareVectorEnv, cameras: Sequence[str] = (), video_height: int = 96
+) -> dict[str, dict]:
+    """The features of info.json, in the order of the data's columns; the cameras' videos are as wide as high, pixels.
 
     `env` is the class of the environment that is recorded.
     """
@@ -43,7 +46,7 @@ def make_features(env: type = PaperSquareVectorEnv, video_height: int = 0) -> di
     rows = [f"{name}_{k}" for name in env_state_rows(env) for k in range(len(env.OBS_ROWS[name][0]))]
     video = {
         "video.height": video_height,
-        "video.width": 4 * video_height // 3,
+        "video.width": video_height,
         "video.codec": "h264",
         "video.pix_fmt": "yuv420p",
         "video.is_depth_map": False,
@@ -51,8 +54,8 @@ def make_features(env: type = PaperSquareVectorEnv, video_height: int = 0) -> di
         "video.channels": 3,
         "has_audio": False,
     }
-    shape = [video_height, 4 * video_height // 3, 3]
-    cameras = {"dtype": "video", "shape": shape, "names": ["height", "width", "channels"], "info": video}
+    shape = [video_height, video_height, 3]
+    film = {"dtype": "video", "shape": shape, "names": ["height", "width", "channels"], "info": video}
     return {
         "observation.state": {"dtype": "float32", "shape": [len(joints)], "names": joints},
         "observation.environment_state": {"dtype": "float32", "shape": [len(rows)], "names": rows},
@@ -61,7 +64,7 @@ def make_features(env: type = PaperSquareVectorEnv, video_height: int = 0) -> di
         "next.reward": {"dtype": "float32", "shape": [1], "names": None},
         "next.done": {"dtype": "bool", "shape": [1], "names": None},
         "next.success": {"dtype": "bool", "shape": [1], "names": None},
-        **{f"observation.images.{camera}": cameras for camera in CAMERAS if video_height},
+        **{f"observation.images.{camera}": film for camera in cameras},
         "timestamp": {"dtype": "float32", "shape": [1], "names": None},
         **{
             name: {"dtype": "int64", "shape": [1], "names": None}
@@ -158,7 +161,12 @@ def read_frames(root: Path, info: dict, sizes: dict[str, int], num_episodes: int
 
 
 def load_demos(
-    root: str | Path, num_episodes: int = 0, env: type = PaperSquareVectorEnv, joints: str = "measured"
+    root: str | Path,
+    num_episodes: int = 0,
+    env: type = PaperSquareVectorEnv,
+    joints: str = "measured",
+    cameras: Sequence[str] = (),
+    size: int = 64,
 ) -> dict[str, np.ndarray]:
     """Demonstrations of a LeRobotDataset v3.0, this script's or LeRobot's own, of its first episodes or (0) of all.
 
@@ -166,7 +174,9 @@ def load_demos(
     LeRobot's units, "environment_state" (frames, 15 for `env`, whose observation it must be), and "episode" (frames,)
     int64. With `joints` "commanded", the state is where the joints were sent before: what was recorded as such, else
     the action before. The environment state may follow the joints in observation.state, as lerobot-record writes what
-    so101_mujoco observes. Raises UserError if there is no such dataset, if it is damaged, or holds fewer episodes.
+    so101_mujoco observes. With `cameras` it is not asked for, and one zero; by its name there is each camera's video,
+    (frames, size, size, 3) uint8, the middle of wider ones. Raises UserError if there is no such dataset, if it is
+    damaged, or holds fewer episodes.
     """
     root = Path(root)
     with readable(root):
@@ -174,25 +184,55 @@ def load_demos(
         total = info["total_episodes"]
         if total < max(num_episodes, 1):
             raise ValueError(f"it holds {total} episodes, and {max(num_episodes, 1)} are asked for")
-        keys = KEYS + ("commanded",) * (joints == "commanded" and "commanded" in info["features"])
         expected = make_features(env)
-        sizes = {key: expected[key]["shape"][0] for key in keys}
         state, rest, _ = KEYS
         together = info["features"].get(state, {}).get("names") == expected[state]["names"] + expected[rest]["names"]
+        keys = [key for key in KEYS if key != rest or together or not cameras]
+        keys += ["commanded"] * (joints == "commanded" and "commanded" in info["features"])
+        sizes = {key: expected[key]["shape"][0] for key in keys}
         read = {key: size for key, size in sizes.items() if key != rest or not together}
-        read[state] += sizes[rest] * together
+        read[state] += sizes[rest] if together else 0
         arrays = read_frames(root, info, {**read, "episode_index": 1}, num_episodes or total)
         if together:
             arrays[state], arrays[rest] = np.split(arrays[state], [sizes[state]], axis=1)
         for key in sizes:
             if not np.isfinite(arrays[key]).all():
                 raise ValueError(f"its {key} is not finite everywhere")
+        films = {camera: read_video(root, info, camera, num_episodes or total, size) for camera in cameras}
     demos = {key.removeprefix("observation."): arrays[key].astype(np.float32, copy=False) for key in sizes}
     episode = arrays["episode_index"]
     if joints == "commanded" and "commanded" not in demos:  # LeRobot's own
         goes_on = np.append(False, episode[1:] == episode[:-1])
         demos["commanded"] = np.where(goes_on[:, None], np.roll(demos["action"], 1, axis=0), demos["state"])
+    if cameras:
+        demos |= {"environment_state": np.zeros((len(episode), 1), dtype=np.float32), **films}
     return demos | {"state": demos.pop("commanded", demos["state"]), "episode": episode}
+
+
+def read_video(root: Path, info: dict, camera: str, num_episodes: int, size: int) -> np.ndarray:
+    """A camera's frames of the first episodes, (frames, size, size, 3) uint8: the middle of the image, scaled; raises
+    ValueError."""
+    key = f"observation.images.{camera}"
+    if info["features"].get(key, {}).get("dtype") != "video":
+        raise ValueError(f"it has no video {key}; record some: python record_demos.py --videos")
+    if info["video_path"] != f"videos/{{video_key}}/{PATH}.mp4":  # which could name any file
+        raise ValueError(f"its video_path is {info['video_path']!r:.100}, not LeRobot's")
+    columns = [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
+    episodes = read_episodes(root, info["total_episodes"], ("length", *columns))[:num_episodes]
+    lengths, chunks, files, starts = (episodes[name].to_pylist() for name in ("length", *columns))
+    frames = np.empty((sum(lengths), size, size, 3), dtype=np.uint8)
+    where = itertools.groupby(zip(chunks, files, starts, lengths, strict=True), key=lambda row: row[:2])
+    done = 0
+    for (chunk, file), rows in where:  # episodes that share a file are read together
+        path = root / info["video_path"].format(video_key=key, chunk_index=chunk, file_index=file)
+        film = [shrink(frame, size) for frame in decode_mp4(path)]
+        for *_, start, length in rows:
+            first = round(start * info["fps"])
+            if first + length > len(film):
+                raise ValueError(f"its video {key} ends after {len(film)} frames of {first + length}")
+            frames[done : done + length] = film[first : first + length]
+            done += length
+    return frames
 
 
 def load_task(root: str | Path) -> tuple[type, dict]:

@@ -16,7 +16,7 @@ import torch.optim as optim
 import tyro
 from torch.distributions.normal import Normal
 
-from env_paper_square import EnvArgs, env_kwargs, eval_kwargs
+from env_paper_square import EnvArgs, env_kwargs, eval_kwargs, state_of
 from eval import report, validate
 from runs import Episodes, Real, Run, RunArgs, Whole, env_of, find_device, flags_of, parse, rebuild
 
@@ -119,7 +119,7 @@ class AgentPolicy:
         self.agent, self.sample = agent, sample
 
     def __call__(self, obs):
-        x = torch.from_numpy(obs).to(self.agent.actor_logstd.device)
+        x = torch.from_numpy(state_of(obs)).to(self.agent.actor_logstd.device)
         with torch.inference_mode():
             mean = self.agent.actor_mean(x)
             action = torch.normal(mean, self.agent.actor_logstd.exp().expand_as(mean)) if self.sample else mean

@@ -20,8 +20,8 @@ import torch.optim as optim
 import tyro
 from torch.distributions.normal import Normal
 
-from base_policies import BaseArgs, make_base
-from env_paper_square import EnvArgs, env_kwargs, eval_kwargs
+from base_policies import BaseArgs, make_base, seen_by_base
+from env_paper_square import EnvArgs, env_kwargs, eval_kwargs, stack_observations, state_of
 from eval import report, validate
 from runs import Episodes, Real, Run, RunArgs, Whole, env_of, find_device, flags_of, parse, rebuild
 
@@ -105,6 +105,7 @@ def alpha_at(args, global_step):
 
 def append_base(obs, base_action, base_input):
     """Observation (num_envs, obs_dim) and base action (num_envs, 6) as one, float32, if actor and critic see both."""
+    obs = state_of(obs)
     return np.concatenate([obs, base_action], axis=1, dtype=np.float32, casting="same_kind") if base_input else obs
 
 
@@ -166,7 +167,7 @@ class AgentPolicy:
         self.agent, self.sample = agent, sample
 
     def __call__(self, obs):
-        x = torch.from_numpy(obs).to(self.agent.actor_logstd.device)
+        x = torch.from_numpy(state_of(obs)).to(self.agent.actor_logstd.device)
         with torch.inference_mode():
             mean = self.agent.actor_mean(x)
             action = torch.normal(mean, self.agent.actor_logstd.exp().expand_as(mean)) if self.sample else mean
@@ -207,11 +208,13 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.torch_threads)
 
+    seen = seen_by_base(args)
     envs = gym.make_vec(
         "PaperSquare-v0",
         num_envs=args.num_envs,
         vectorization_mode="vector_entry_point",  # autoreset mode SAME_STEP
         **env_kwargs(args),
+        **seen,
     )
     # The first episodes end early, each at another time: in step, every rollout would hold one phase of an episode only
     episode_steps = np.arange(args.num_envs) * envs.unwrapped.max_episode_steps // args.num_envs
@@ -248,7 +251,7 @@ if __name__ == "__main__":
 
     def judge(how):
         parts = {"model": agent.state_dict(), "base": base_policy.checkpoint}
-        checkpoint = run.checkpoint(envs, eval_kwargs(args), global_step, **parts)
+        checkpoint = run.checkpoint(envs, eval_kwargs(args) | seen, global_step, **parts)
         how(run, make_policy(checkpoint, device=device), checkpoint)
 
     run.begin(globals())  # after --resume, all of the above is what it was when the run was saved
@@ -299,7 +302,7 @@ if __name__ == "__main__":
 
             # Truncation is not termination: the value of the last observation stands in for what would have come
             if truncations.any():
-                final_obs = np.stack(infos["final_obs"][truncations])
+                final_obs = stack_observations(infos["final_obs"][truncations])
                 final_obs = append_base(final_obs, base_policy(final_obs, truncations), args.base_input)
                 final_obs = torch.from_numpy(final_obs).to(device)
                 with torch.inference_mode():

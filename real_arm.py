@@ -85,6 +85,8 @@ class Args(Flags):
     """what arm_calibration.py touch wrote: errors of the joints' zeros, height of the table"""
     sheet: Literal["camera", "truth"] = "camera"
     """where the sheet's pose comes from: camera frames, or of the simulated arm what its environment says"""
+    markers: bool = True
+    """the sheet has the markers of docs/sheet.pdf; off: it is blank or printed, and the camera goes by its outline"""
     dry_run: bool = False
     """read and print what the policy would do, and send nothing; a real arm stays limp"""
     step: bool = False
@@ -366,7 +368,7 @@ def make_sheet(args: Args, robot, tape_half_size: float):
     if args.sheet == "truth":
         return TrueSheet(robot)
     try:
-        return importlib.import_module("sheet_camera").SheetCamera(tape_half_size, arm=args.camera_arm)
+        return importlib.import_module("sheet_camera").SheetCamera(tape_half_size, args.markers, args.camera_arm)
     except ImportError as error:
         raise UserError(f"--sheet camera needs OpenCV: pip install opencv-python-headless ({error})") from error
 
@@ -553,7 +555,8 @@ if __name__ == "__main__":
         if args.robot == "sim":
             camera = "desk" if args.sheet == "camera" else ""
             bad = {"lost_reads": args.lost_reads, "freeze_after": args.freeze_after, "fixed": dict(args.fixed)}
-            robot = SimulatedArm(args.seed, args.clock == "real", camera, viewer=args.render, task=task, **bad)
+            view = {"camera": camera, "markers": args.markers, "viewer": args.render}
+            robot = SimulatedArm(args.seed, args.clock == "real", task=task, **view, **bad)
             low, high = envs.ctrl_low, envs.ctrl_high
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -33,7 +33,7 @@ from base_policies import (
     make_base,
     to_lerobot,
 )
-from env_paper_square import JOINTS, POLICY_HZ, EnvArgs, PaperSquareVectorEnv, eval_kwargs, kinematics
+from env_paper_square import JOINTS, POLICY_HZ, EnvArgs, PaperSquareVectorEnv, eval_kwargs, kinematics, state_of
 from eval import VALIDATION_SEED, load_policy
 from figures import check_rendering
 from lerobot_dataset import CAMERAS, FLUSH_EPISODES, Dataset, encode, make_features
@@ -99,14 +99,14 @@ class Args(BaseFlags):
     videos: bool = False
     """also record the cameras top, side and wrist as MP4; much slower"""
     video_height: Whole[48, 960] = 96
-    """height of the videos, pixels; they are 4:3"""
+    """height and width of the videos, pixels; of a policy that sees pixels, they are its own"""
 
     def __post_init__(self):
         super().__post_init__()
         if self.seed is not None and self.seed > VALIDATION_SEED - self.num_episodes:
             raise ValueError(f"--seed plus --num-episodes must lie below {VALIDATION_SEED}, the held-out episodes")
-        if self.video_height % 48:
-            raise ValueError(f"--video-height must be a multiple of 48, found {self.video_height}")
+        if self.video_height % 16:
+            raise ValueError(f"--video-height must be a multiple of 16, found {self.video_height}")
         if self.teleop and self.noise_std:
             raise ValueError("--noise-std is for policies: a person makes noise enough")
 
@@ -154,12 +154,13 @@ def record_episodes(
                 noise[i] = draw_noise(seeds[i], envs.max_episode_steps, noise_std, noise_correlation)
         for i in np.flatnonzero(active):
             for camera, film in films[i].items():
-                film.append(envs.render_frame(i, camera))
+                film.append(obs[camera][i].copy())
 
         action = np.clip(policy(obs), -1.0, 1.0)
-        wanted = joint_targets(envs.to_si(obs), envs) + envs.act_scale * action
+        state = state_of(obs)
+        wanted = joint_targets(envs.to_si(state), envs) + envs.act_scale * action
         wanted = np.clip(wanted, envs.ctrl_low, envs.ctrl_high)
-        commanded, environment_state = to_lerobot(obs, envs)
+        commanded, environment_state = to_lerobot(state, envs)
         measured = joints_to_lerobot(envs.joint_measured).astype(np.float32)
         executed = action + noise[np.arange(num_envs), [len(steps) for steps in frames]]
         obs, rewards, terminations, truncations, _ = envs.step(executed)
@@ -235,7 +236,7 @@ class KeyboardPolicy:
             self.envs.render()
         motion = np.clip(self.left, -PACE, PACE)
         self.left = self.left - motion
-        targets = joint_targets(self.envs.to_si(obs), self.envs)
+        targets = joint_targets(self.envs.to_si(state_of(obs)), self.envs)
         return motion_to_action(targets, motion[None], self.envs.act_scale)
 
 
@@ -273,18 +274,17 @@ if __name__ == "__main__":
     else:
         policy, task, checkpoint = load_policy(args.model_path, args.script, device=device)
         env = checkpoint["env"]
+    cameras = task.keywords.get("pixels", ()) if isinstance(task, partial) else ()
+    cameras, video_height = (cameras, task.keywords["pixel_size"]) if cameras else (CAMERAS, args.video_height)
     if args.videos:
-        task = partial(task, height=args.video_height, width=4 * args.video_height // 3)
+        task = partial(task, pixels=cameras, pixel_size=video_height)
     torch.set_num_threads(1)  # the cores are for the physics
     num_envs = 1 if args.teleop else min(args.num_envs, args.num_episodes)
     envs = task(num_envs, num_threads=args.num_threads, autoreset_mode=AutoresetMode.DISABLED)
     if args.teleop:
         envs.reset(seed=0)
-        try:
-            envs.render()
-        except RuntimeError as error:  # no display
-            raise UserError(str(error)) from error
-    features = make_features(envs, args.video_height * args.videos)
+        envs.render()  # UserError without a display
+    features = make_features(envs, cameras if args.videos else (), video_height)
     dataset = Dataset(Path(args.output_dir), features, env, args.append, 1 if args.teleop else FLUSH_EPISODES)
     first_seed = dataset.next_seed if args.seed is None else args.seed
 
@@ -300,7 +300,7 @@ if __name__ == "__main__":
 
     start, lengths, successes, dropped, trouble = time.perf_counter(), [], 0, 0, ""
     bar = tqdm(total=args.num_episodes, desc="recording", unit="ep")
-    noise, cameras = (args.noise_std, args.noise_correlation), CAMERAS if args.videos else ()
+    noise, cameras = (args.noise_std, args.noise_correlation), cameras if args.videos else ()
     task = (first_seed, args.num_episodes, args.only_successes)
     try:
         try:

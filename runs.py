@@ -629,7 +629,9 @@ class Run:
             self.writer.add_scalar(key, scalar, global_step)
         if show:
             self.bar.update(global_step - self.bar.n)
-            shown = {show.rpartition("/")[2]: scalars.get(show, 0.0), "eval": self.evaluations[-1]["success_rate"]}
+            shown = {show.rpartition("/")[2]: scalars.get(show, 0.0)}
+            if self.evaluations:
+                shown["eval"] = self.evaluations[-1]["success_rate"]
             self.bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items()})
 
     def seconds(self) -> float:

@@ -21,7 +21,7 @@ import tyro
 from torch.distributions.normal import Normal
 
 from base_policies import BaseArgs, make_base
-from env_paper_square import EnvArgs, env_kwargs, eval_kwargs
+from env_paper_square import EnvArgs, env_kwargs, eval_kwargs, state_of
 from eval import report, validate
 from runs import Episodes, Real, Run, RunArgs, Whole, env_of, find_device, flags_of, parse, rebuild
 
@@ -112,6 +112,7 @@ def alpha_at(args, global_step):
 
 def append_base(obs, base_action, base_input):
     """Observation (num_envs, obs_dim) and base action (num_envs, 6) as one, float32, if actor and critic see both."""
+    obs = state_of(obs)
     return np.concatenate([obs, base_action], axis=1, dtype=np.float32, casting="same_kind") if base_input else obs
 
 
@@ -188,7 +189,7 @@ class AgentPolicy:
         self.actor, self.sample = actor, sample
 
     def __call__(self, obs):
-        x = torch.from_numpy(obs).to(self.actor.net[-1].weight.device)
+        x = torch.from_numpy(state_of(obs)).to(self.actor.net[-1].weight.device)
         with torch.inference_mode():
             mean, log_std = self.actor(x)
             action = torch.normal(mean, log_std.exp()) if self.sample else mean

@@ -556,7 +556,7 @@ def measure(args: Args) -> None:
     frames, errors, seconds, rng = 0, [], [], np.random.default_rng(0)
     for seed in range(TEST_SEED, TEST_SEED + args.measure):
         camera = SheetCamera(envs.tape_half_size, args.markers, "bottom" if args.view == "top" else "left")
-        for step, _ in run_episode(policy, envs, seed):
+        for step, *_ in run_episode(policy, envs, seed):
             if step % args.stride:
                 continue
             frame, frames = envs.render_frame(), frames + 1

@@ -73,8 +73,8 @@ class SimulatedArm:
         task: Callable = PaperSquareVectorEnv,
         **kwargs,
     ):
+        kwargs = {"markers": True} | kwargs
         kwargs |= {
-            "markers": True,
             "num_threads": 1,
             "autoreset_mode": AutoresetMode.DISABLED,
             "max_episode_steps": 2**31,
@@ -101,7 +101,7 @@ class SimulatedArm:
             self.threads.append(threading.Thread(target=target, daemon=True))
             self.threads[-1].start()
         self.wait_for_frame()
-        self.show()  # RuntimeError without a display
+        self.show()  # UserError without a display
 
     def calibrate(self) -> None:
         """Nothing to do: its zeros are wrong on purpose."""

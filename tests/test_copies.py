@@ -48,6 +48,7 @@ NETWORKS = {
     "sac_residual": PPO_NETWORK | {"norm(hidden_size),\n        nn.ReLU(),\n        nn.Linear(hidden_size[0]":
         "norm(hidden_size[0]),\n        nn.ReLU(),\n        nn.Linear(hidden_size[0]", "norm(hidden_size),":
         "norm(hidden_size[1]),"},
+    "dagger": {"args.hidden_size": "args.sizes[0]"},
     "act": {"args.dim_feedforward": "args.sizes[0]"},
     "diffusion_policy": {"args.embedding_size": "args.sizes[0]"},
 }  # fmt: skip

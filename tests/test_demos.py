@@ -29,7 +29,7 @@ import record_demos
 from base_policies import JacobianIKPolicy, ZeroPolicy, joint_targets, joints_to_lerobot, joints_to_rad
 from env_paper_square import OBS, SCENE_PATH, EnvArgs, PaperSquareVectorEnv, eval_kwargs, kinematics, to_si
 from eval import VALIDATION_SEED
-from figures import check_rendering
+from figures import check_rendering, encode_mp4
 from lerobot_dataset import KEYS, Dataset, load_demos, load_task, make_features
 from record_demos import KeyboardPolicy, draw_noise, key_to_motion, motion_to_action, record_episodes
 from runs import UserError, describe_env
@@ -592,7 +592,7 @@ def test_folders_that_cannot_be_added_to_are_refused_and_left_as_they_are(datase
         process.kill()
     with pytest.raises(UserError, match="not empty.*--append"):
         save(dataset, [])
-    refused(lambda root: appended(root, make_features(video_height=48)), dataset, "same features")
+    refused(lambda root: appended(root, make_features(cameras=("top",))), dataset, "same features")
     assert files_of(dataset) == before
     pq.write_table(pq.read_table(dataset / EPISODES).replace_schema_metadata(), dataset / EPISODES)
     refused(appended, dataset, "no seeds")
@@ -891,42 +891,71 @@ def test_the_viewer_gets_the_key_callback(monkeypatch):
 # Videos
 
 
-def test_videos_show_the_frames_and_append(tmp_path, monkeypatch):
+def test_videos_show_the_frames_and_append(tmp_path):
     try:
         check_rendering()
     except UserError as error:  # neither EGL nor OSMesa
         pytest.skip(str(error))
-    envs, root, frames = make_envs(steps=4, height=48, width=64), tmp_path / "demos", []
-    render = envs.render_frame
-    spy = lambda i, camera: (frames.append((camera, render(i, camera))), frames[-1][1])[1]  # noqa: E731
-    monkeypatch.setattr(envs, "render_frame", spy)
+    cameras, root, seen = ("top", "wrist"), tmp_path / "demos", []
+
+    class Watching(JacobianIKPolicy):
+        def __call__(self, obs):
+            seen.append({camera: obs[camera][0].copy() for camera in cameras})
+            return super().__call__(obs)
+
+    envs, features = make_envs(steps=4, pixels=cameras, pixel_size=48), make_features(cameras=cameras, video_height=48)
     for _ in range(2):
-        dataset = appended(root, make_features(video_height=48))
-        for episode in record_episodes(JacobianIKPolicy(), envs, dataset.next_seed, 1, cameras=lerobot_dataset.CAMERAS):
+        dataset = appended(root, features)
+        for episode in record_episodes(Watching(), envs, dataset.next_seed, 1, cameras=cameras):
             dataset.add(episode)
         dataset.flush()
     info, stats = json_of(root, "info"), json_of(root, "stats")
     assert info["video_path"] == "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
     rows = pq.read_table(root / "meta" / "episodes").sort_by("episode_index").to_pylist()
-    for camera in ("top", "side", "wrist"):
+    demos = load_demos(root, cameras=cameras, size=48)
+    assert demos["state"].shape == (8, 6) and not demos["environment_state"].any()
+    for camera in cameras:
         key = f"observation.images.{camera}"
         feature = info["features"][key]
-        assert (feature["dtype"], feature["shape"]) == ("video", [48, 64, 3])
+        assert (feature["dtype"], feature["shape"]) == ("video", [48, 48, 3])
         assert feature["names"] == ["height", "width", "channels"] and feature["info"]["video.fps"] == 30
-        seen = np.stack([frame for name, frame in frames if name == camera]).reshape(2, 4, 48, 64, 3)
+        frames = np.stack([frame[camera] for frame in seen]).reshape(2, 4, 48, 48, 3)
         for k in range(2):
             film = np.stack(imageio.mimread(root / "videos" / key / "chunk-000" / f"file-00{k}.mp4"))
-            assert film.shape == (4, 48, 64, 3)
-            assert np.abs(film.astype(float) - seen[k]).mean() < 12  # compression
+            assert film.shape == (4, 48, 48, 3)
+            assert np.abs(film.astype(float) - frames[k]).mean() < 12  # compression
+            assert_array_equal(demos[camera][4 * k : 4 * k + 4], film)
             assert (rows[k][f"videos/{key}/chunk_index"], rows[k][f"videos/{key}/file_index"]) == (0, k)
             assert rows[k][f"videos/{key}/from_timestamp"] == 0.0
             assert_allclose(rows[k][f"videos/{key}/to_timestamp"], 4 / 30)
-        sampled = seen[:, 0].reshape(-1, 3) / 255  # every tenth frame
+        sampled = frames[:, 0].reshape(-1, 3) / 255  # every tenth frame
         assert_allclose(np.squeeze(stats[key]["mean"]), sampled.mean(axis=0))
         assert_allclose(np.squeeze(stats[key]["std"]), sampled.std(axis=0))
         assert np.shape(stats[key]["max"]) == (3, 1, 1) and stats[key]["count"] == [2]
+    assert load_demos(root, 1, cameras=["top"], size=16)["top"].shape == (4, 16, 16, 3)
     assert "observation.images.top" not in pq.read_table(root / "data").column_names
-    assert load_demos(root)["state"].shape == (8, 6)
+    assert load_demos(root)["environment_state"].shape == (8, 15)
+    refused(partial(load_demos, cameras=["side"]), root, "--videos")
     refused(appended, root, "same features")
     edit_json(root / "meta" / "info.json", video_path="../{video_key}{chunk_index}{file_index}")
-    refused(lambda root: appended(root, make_features(video_height=48)), root, "same features")
+    refused(lambda root: appended(root, features), root, "same features")
+    refused(partial(load_demos, cameras=["top"]), root, "video_path")
+
+
+def test_videos_of_several_episodes_in_a_file_and_of_other_sizes(tmp_path):
+    root, k = tmp_path / "demos", np.arange(7)
+    frames = np.zeros((7, 48, 64, 3), dtype=np.uint8) + (30 * k + 20).astype(np.uint8)[:, None, None, None]
+    frames[:, :, :8] = frames[:, :, -8:] = 0  # outside of the middle
+    film = root / "videos" / "observation.images.top" / "chunk-000" / "file-000.mp4"
+    film.parent.mkdir(parents=True)
+    film.write_bytes(encode_mp4(frames, fps=30, codec="libx264", macro_block_size=8))
+    info = {"total_episodes": 2, "fps": 30, "features": {"observation.images.top": {"dtype": "video"}}}
+    info["video_path"] = f"videos/{{video_key}}/{lerobot_dataset.PATH}.mp4"
+    episodes = {"episode_index": [0, 1], "length": [3, 4]}
+    episodes |= {f"videos/observation.images.top/{name}": [0, 0] for name in ("chunk_index", "file_index")}
+    episodes["videos/observation.images.top/from_timestamp"] = [0.0, 3 / 30]
+    (root / "meta" / "episodes" / "chunk-000").mkdir(parents=True)
+    pq.write_table(pa.table(episodes), root / "meta" / "episodes" / "chunk-000" / "file-000.parquet")
+    found = lerobot_dataset.read_video(root, info, "top", 2, 16)
+    assert found.shape == (7, 16, 16, 3)
+    assert_allclose(found.reshape(7, -1).mean(axis=1), 30 * k + 20, atol=6)

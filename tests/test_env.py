@@ -48,6 +48,7 @@ from env_paper_square import (
     nominal_arm,
     to_si,
 )
+from runs import UserError
 
 GOLDEN_PATH = Path(__file__).with_name("golden_rollout.json")
 SCALES = {name: getattr(EnvArgs, f"randomize_{name}") for name in DRAWS}
@@ -1059,7 +1060,7 @@ def rendered_envs():
     envs.reset(seed=0)
     try:
         envs.render()
-    except RuntimeError as error:  # neither EGL nor OSMesa
+    except UserError as error:  # neither EGL nor OSMesa
         pytest.skip(str(error))
     yield envs
     envs.close()

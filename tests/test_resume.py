@@ -28,6 +28,8 @@ LONG = {
     "ppo_residual": "--total-timesteps 81920 --eval-freq 20000 --save-freq 10000 --base-policy hybrid --hybrid-bases "
     f"jacobian il --il-checkpoint {ROOT}/assets/act.safetensors",
     "sac_residual": "--total-timesteps 6000 --learning-starts 2000 --eval-freq 2000 --save-freq 1000",
+    "dagger": "--total-timesteps 3072 --num-envs 8 --eval-freq 1500 --save-freq 500 --utd 0.05 --pixel-size 36 "
+    f"--eval-episodes 4 --torch-threads 1 --teacher {ROOT}/assets/ppo_residual.safetensors",
     "act": "--train-steps 300 --eval-freq 100 --save-freq 50 --log-freq 20 --torch-threads 1",
     "diffusion_policy": "--train-steps 300 --eval-freq 100 --save-freq 50 --log-freq 20 --torch-threads 1",
 }

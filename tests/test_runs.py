@@ -63,6 +63,8 @@ SHORT = {  # trainings of some 24 gradient steps, with saves and evaluations on 
     "ppo": PPO,
     "ppo_residual": f"{PPO} --curriculum",
     "sac_residual": f"{EPISODES} {SAC} --eval-freq 50 --save-freq 20",
+    "dagger": f"{EPISODES} --num-envs 2 --num-steps 8 --total-timesteps 96 --batch-size 4 --utd 0.25 --eval-freq 40 "
+    f"--save-freq 20 --torch-threads 1 --pixels top --pixel-size 36 --teacher {ROOT}/assets/ppo_residual.safetensors",
     "act": f"{EPISODES} {IMITATION} --dim-model 16 --n-heads 2 --dim-feedforward 32",
     "diffusion_policy": f"{EPISODES} {IMITATION} --channels 8 --embedding-size 16",
 }

@@ -29,6 +29,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import act
 import base_policies
 import benchmark
+import dagger
 import diffusion_policy
 import eval as evaluation
 import ppo
@@ -46,7 +47,7 @@ from ppo_residual import Agent, compute_gae
 ROOT = Path(__file__).resolve().parent.parent
 RL = {"ppo.py": ppo, "ppo_residual.py": ppo_residual, "sac_residual.py": sac_residual}
 IMITATION = {"act.py": act, "diffusion_policy.py": diffusion_policy}
-TRAINING = RL | {"ppo_residual_multigpu.py": ppo_residual_multigpu} | IMITATION
+TRAINING = RL | {"ppo_residual_multigpu.py": ppo_residual_multigpu, "dagger.py": dagger} | IMITATION
 SCRIPTS = TRAINING | {
     f"{module.__name__}.py": module for module in (benchmark, evaluation, real_arm, record_demos, reproduce)
 }
@@ -265,26 +266,30 @@ def test_base_is_asked_about_each_environment_once_per_step_and_in_order(name, r
 
 RESIDUALS = "ppo_residual ppo_residual_multigpu"
 MAY_DIFFER = {  # definition: scripts that share one
-    "Args": ["ppo", RESIDUALS, "sac_residual", "act", "diffusion_policy"],  # the algorithm's flags
-    "make_policy": ["ppo", RESIDUALS, "sac_residual", "act", "diffusion_policy"],  # the algorithm's networks
+    "Args": ["ppo", RESIDUALS, "sac_residual", "dagger", "act", "diffusion_policy"],  # the algorithm's flags
+    "make_policy": ["ppo", RESIDUALS, "sac_residual", "dagger", "act", "diffusion_policy"],  # the algorithm's networks
     "mlp": [f"ppo {RESIDUALS}", "sac_residual"],  # ReLU and layer normalisation, as off-policy critics want them
     "AgentPolicy": [f"ppo {RESIDUALS}", "sac_residual"],  # SAC squashes its actions
-    "Network": ["act", "diffusion_policy"],  # the algorithm
+    "Network": ["dagger", "act", "diffusion_policy"],  # the algorithm
+    "make_network": ["dagger", "act diffusion_policy"],  # what it is built of
     "make_frames": ["act", "diffusion_policy"],  # the diffusion needs the actions' range
 }
 ON_POLICY, IMITATED = f"ppo {RESIDUALS}", "act diffusion_policy"
 MAY_DIFFER_IN_FLAG = {  # flag: scripts that share one
-    "total_timesteps": [ON_POLICY, "sac_residual"],  # SAC needs fewer
-    "eval_freq": [ON_POLICY, "sac_residual", IMITATED],  # and imitation counts gradient steps
-    "save_freq": [ON_POLICY, "sac_residual", IMITATED],
-    "num_envs": [ON_POLICY, "sac_residual"],  # SAC updates more often per step
-    "learning_rate": [ON_POLICY, "sac_residual", IMITATED],  # what is optimised, and by what
-    "batch_size": ["sac_residual", IMITATED],  # of transitions, of frames
-    "hidden_size": [ON_POLICY, "sac_residual"],  # critics off policy want more
+    "total_timesteps": [ON_POLICY, "sac_residual", "dagger"],  # SAC needs fewer
+    "eval_freq": [ON_POLICY, "sac_residual", "dagger", IMITATED],  # and imitation counts gradient steps
+    "save_freq": [ON_POLICY, "sac_residual", "dagger", IMITATED],
+    "num_envs": [ON_POLICY, "sac_residual", "dagger"],  # SAC updates more often per step
+    "num_steps": [ON_POLICY, "dagger"],
+    "utd": ["sac_residual", "dagger"],
+    "learning_rate": [f"{ON_POLICY} dagger", "sac_residual", IMITATED],  # what is optimised, and by what
+    "batch_size": ["sac_residual", "dagger", IMITATED],  # of transitions, of frames
+    "pixels": ["dagger", "act"],  # without them, ACT sees where the sheet is
+    "hidden_size": [ON_POLICY, "sac_residual", "dagger"],  # critics off policy want more
     "alpha": [RESIDUALS, "sac_residual"],  # with more of it SAC's first critics lead far astray
     "init_std": [ON_POLICY, "sac_residual"],  # SAC squashes its actions
-    "torch_threads": [f"{ON_POLICY} sac_residual", IMITATED],  # no physics while imitation trains
-    "num_threads": [f"{ON_POLICY} sac_residual", IMITATED],
+    "torch_threads": [f"{ON_POLICY} sac_residual", f"dagger {IMITATED}"],  # no physics while imitation trains
+    "num_threads": [f"{ON_POLICY} sac_residual dagger", IMITATED],
 }
 
 

@@ -25,6 +25,7 @@ from env_paper_square import (
     as_drawn,
     scene_option,
 )
+from runs import UserError
 from sheet_camera import (
     DICTIONARY,
     MARKER_SIZE,
@@ -59,7 +60,7 @@ def episode():
             for envs.markers in (True, False):
                 try:
                     frames[envs.markers].append(envs.render_frame())
-                except RuntimeError as error:  # neither EGL nor OSMesa
+                except UserError as error:  # neither EGL nor OSMesa
                     pytest.skip(str(error))
             poses.append(envs.sheet_pose[0])
         observations, *_ = envs.step(policy(observations))
