@@ -62,6 +62,8 @@ class Args(Flags):
     """steps of each environment before any is measured; after 400 the episodes are at all stages"""
     bases: tuple[str, ...] = ("jacobian", "assets/act.safetensors", "assets/diffusion_policy.safetensors")
     """base policies to measure: names, or checkpoints of imitation-learned ones"""
+    pixels: bool = True
+    """measure cameras, too, which need EGL or OSMesa"""
     training_steps: Whole[0, 10**10] = 300_000
     """most steps that a script trains for; 0 leaves the trainings out"""
     sb3_steps: Whole[0, 10**10] = 20_480
@@ -109,12 +111,12 @@ def replay_some(skipped: int) -> list[float]:
     return of_physics
 
 
-def play(policy, num_envs: int, num_threads: int, args: Args):
+def play(policy, num_envs: int, num_threads: int, args: Args, **kwargs):
     """Let a policy play; each `next` goes on for args.seconds, and returns seconds per step of one environment.
 
     They are the policy's, those of `envs.step` and, measured on every 10th step, those in mj_step alone.
     """
-    envs = PaperSquareVectorEnv(num_envs, num_threads=num_threads)
+    envs = PaperSquareVectorEnv(num_envs, num_threads=num_threads, **kwargs)
     stages = np.arange(num_envs) * envs.max_episode_steps // num_envs
     obs, _ = envs.reset(seed=0, options={"episode_steps": stages})
     policy.reset(np.ones(num_envs, dtype=bool))
@@ -267,6 +269,9 @@ if __name__ == "__main__":
         for name, make in workloads.items()
         for n, t in [*product(args.num_envs, [CORES]), *product([64], threads)]
     }
+    for size in (32, 64) if args.pixels else ():
+        name, make, cameras = f"jacobian, two cameras of {size} pixels", workloads["jacobian"], ("top", "side")
+        games[name, 16, CORES] = play(make(), 16, CORES, args, pixels=cameras, pixel_size=size)
     base_games = {name: play(base, NUM_ENVS, CORES, args) for name, base in zip(args.bases, bases, strict=True)}
     trainings = {script: (script, steps, skipped, "") for script, (steps, skipped) in TRAININGS.items()}
     for n in [n for n in args.num_envs if n > 1]:  # rollouts of the same size

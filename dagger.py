@@ -39,7 +39,7 @@ class Args(RunArgs, EnvArgs, PixelArgs):
     # DAgger
     teacher: str = "assets/ppo_residual.safetensors"
     """checkpoint of the policy that is imitated"""
-    total_timesteps: Whole[1, 10**10] = 80_000
+    total_timesteps: Whole[1, 10**10] = 60_000
     """environment steps to train for, over all environments; their frames are kept in memory"""
     num_envs: Whole[1, 32_768] = 16
     """environments stepped together"""
@@ -49,15 +49,15 @@ class Args(RunArgs, EnvArgs, PixelArgs):
     """environment steps over which the share of episodes in which the teacher acts falls from 1 to 0, beta"""
     redraw_looks: bool = True
     """draw cameras, light and colours anew at every step of the training, of which the student has no memory"""
-    utd: Real[1e-4, 100] = 0.15
+    utd: Real[1e-4, 100] = 0.3
     """update-to-data ratio: gradient steps per environment step"""
-    batch_size: Whole[1, 65_536] = 128
+    batch_size: Whole[1, 65_536] = 64
     """frames of each camera per gradient step"""
     learning_rate: Real[1e-12, 1] = 1e-3
     """step size of Adam"""
     anneal_lr: bool = True
     """anneal the step size linearly to zero"""
-    pose_weight: Real[0, 1e6] = 0.1
+    pose_weight: Real[0, 1e6] = 5.0
     """weight of the error of where the student believes the sheet to be, beside that of its action"""
     hidden_size: Whole[1, 8192] = 256
     """units of each hidden layer"""

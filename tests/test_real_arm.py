@@ -683,7 +683,7 @@ class Eye:
 
     frames = 0
 
-    def __init__(self, tape_half_size, arm):
+    def __init__(self, tape_half_size, markers, arm):
         self.last = None
 
     def update(self, frame, now):
@@ -702,9 +702,14 @@ def test_the_camera_is_asked_for_every_new_frame(tmp_path, monkeypatch):
     assert len(played) == 30 and {row["sheet_yaw"] for row in played} == {"0.1"}
 
 
-def test_the_camera_sees_the_sheet_of_the_simulated_arm(tmp_path, monkeypatch):
-    """The whole way: rendered frames with markers, their poses, the episode to its end."""
-    run_script("--clock virtual --seed 2000000", tmp_path, monkeypatch)
+@pytest.mark.parametrize("markers", ["", "--no-markers"])
+def test_the_camera_sees_the_sheet_of_the_simulated_arm(markers, tmp_path, monkeypatch):
+    """The whole way: rendered frames, with markers or with print, their poses, the episode to its end."""
+    camera = pytest.importorskip("sheet_camera").SheetCamera
+    seen, look = [], camera._by_markers
+    monkeypatch.setattr(camera, "_by_markers", lambda self, frame: seen.append(look(self, frame)) or seen[-1])
+    run_script(f"--clock virtual --seed 2000000 {markers}", tmp_path, monkeypatch)
+    assert any(seen) is not bool(markers)
     played = [row for row in read_log(tmp_path) if row["doing"] == "play"]
     assert float(played[-1]["hold_counter"]) >= 7  # of 8
     assert abs(float(played[0]["sheet_x"]) - 0.1679) < 0.003 and abs(float(played[0]["sheet_y"]) + 0.1079) < 0.003
