@@ -2,7 +2,7 @@
 that is told where the sheet is. The student acts, the teacher says what it would have done there, and the student
 learns from all that was ever said.
 
-    python dagger.py
+    python dagger.py            # 6 minutes on two cores, 2.7 GB: 98 % of held-out episodes, where the teacher has 99
 
 The policy is a base like any other: python ppo_residual.py --base-policy il --il-checkpoint runs/NAME/last.safetensors
 """

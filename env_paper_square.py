@@ -429,7 +429,7 @@ class PaperSquareVectorEnv(VectorEnv):
                 "randomize_camera must be from 0 to 10 and randomize_looks from 0 to 1, "
                 f"found {randomize_camera} and {randomize_looks}"
             )
-        looks = importlib.import_module("pixels").LOOKS if pixels else {}
+        looks = importlib.import_module("pixels").LOOKS if pixels or set(fixed or ()) - set(DRAWS) else {}
         self.fixed = fixed or {}
         for name, value in self.fixed.items():
             _, low, high = (DRAWS | looks).get(name, (0, np.inf, -np.inf))

@@ -364,7 +364,7 @@ def load_policies(args: Args) -> tuple[dict, dict]:
         raise UserError("the checkpoints were trained in different environments: evaluate them apart")
     own = {"act_scale", "observe_measured", *PIXEL_ARGUMENTS}  # how each acts and sees
     for key in set().union(*(task.keywords for task in tasks.values())) - own:
-        if len({task.keywords.get(key) for task in tasks.values()}) > 1:
+        if len({fingerprint(task.keywords.get(key)) for task in tasks.values()}) > 1:
             raise UserError(f"the checkpoints were trained for tasks of different {key}: evaluate them apart")
     if not policies:
         raise UserError("nothing to evaluate: give --model-path CHECKPOINT or --policy jacobian")

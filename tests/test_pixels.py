@@ -144,8 +144,11 @@ def test_arguments_that_make_no_frames_are_refused():
     for kwargs in ({"pixels": ("front",)}, {"pixel_size": 4}, {"randomize_camera": -1}, {"randomize_looks": 2}):
         with pytest.raises(ValueError, match=next(iter(kwargs))):
             make(**kwargs)
-    with pytest.raises(ValueError, match="table"):  # nothing sees it
-        PaperSquareVectorEnv(1, fixed={"table": 0.5})
+    with pytest.raises(ValueError, match="chair.* table"):
+        PaperSquareVectorEnv(1, fixed={"chair": 0.5})
+    with pytest.raises(ValueError, match="table"):
+        make(fixed={"table": 1.5})
+    assert_array_equal(PaperSquareVectorEnv(1, fixed={"table": 0.5}).reset(seed=0)[0].shape, (1, 33))  # nothing sees it
 
 
 def test_spaces_hold_the_observations():
