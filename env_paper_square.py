@@ -646,7 +646,7 @@ class PaperSquareVectorEnv(VectorEnv):
         if self._renderer is None:
             self._load_scene()
             self._renderer = make_renderer(self._scene, self.height, self.width)
-            self._close_renderer = finalizer(self, self._renderer.close)
+            self._close_renderer = finalizer(self, close_renderer, self._renderer)
         self._pose_scene(index)
         self._renderer.update_scene(self._scene_data, camera or self.camera, scene_option(self.markers))
         self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = shadows  # half the time of a frame without a GPU
@@ -914,6 +914,11 @@ def make_renderer(model: mujoco.MjModel, height: int, width: int) -> mujoco.Rend
             f"mujoco.{backend}"
         ).GLContext
     return mujoco.Renderer(model, height, width)
+
+
+def close_renderer(renderer: mujoco.Renderer) -> None:
+    renderer.render()  # makes its context the current one: another's would lose what it draws with
+    renderer.close()
 
 
 def as_drawn(qpos: np.ndarray) -> np.ndarray:

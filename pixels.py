@@ -16,7 +16,15 @@ from typing import Literal
 import mujoco
 import numpy as np
 
-from env_paper_square import CAMERAS, PIXEL_ARGUMENTS, SCENE_PATH, make_renderer, pose_scene, scene_option
+from env_paper_square import (
+    CAMERAS,
+    PIXEL_ARGUMENTS,
+    SCENE_PATH,
+    close_renderer,
+    make_renderer,
+    pose_scene,
+    scene_option,
+)
 from runs import Flags, Real, Whole
 
 FACES = 8  # around what is round
@@ -112,4 +120,4 @@ class Eyes:
             self.scene.mat_rgba[material, :3] = looks[name]
 
     def close(self) -> None:
-        self.renderer.close()
+        close_renderer(self.renderer)

@@ -179,6 +179,18 @@ def test_copies_and_states_go_on_with_the_same_frames():
             assert_array_equal(x, again[name])
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"pixels": (), "render_mode": "rgb_array", "height": SIZE, "width": SIZE}])
+def test_closing_environments_leaves_others_their_frames(kwargs):
+    first, second = make(**kwargs), make(fixed={"lag": 0})
+    first.reset(seed=0)
+    first.render()
+    second.reset(seed=0)
+    first.close()
+    obs, *_ = second.step(np.zeros((2, 6)))
+    for camera in CAMERAS:
+        assert_array_equal(obs[camera][1], direct(second, 1, camera))
+
+
 def test_what_is_paused_is_not_looked_at():
     envs = make()
     before, _ = envs.reset(seed=0)
