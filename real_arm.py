@@ -555,8 +555,8 @@ if __name__ == "__main__":
         if args.robot == "sim":
             camera = "desk" if args.sheet == "camera" else ""
             bad = {"lost_reads": args.lost_reads, "freeze_after": args.freeze_after, "fixed": dict(args.fixed)}
-            view = {"camera": camera, "markers": args.markers, "viewer": args.render}
-            robot = SimulatedArm(args.seed, args.clock == "real", task=task, **view, **bad)
+            view = {"viewer": args.render, "markers": args.markers}
+            robot = SimulatedArm(args.seed, args.clock == "real", camera, task=task, **view, **bad)
             low, high = envs.ctrl_low, envs.ctrl_high
     except ValueError as error:
         raise UserError(str(error)) from error
