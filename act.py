@@ -161,8 +161,7 @@ class Network(nn.Module):
                 nn.Conv2d(64, dim, 3),
                 nn.Flatten(2),
             )
-            frames = torch.zeros(1, 3 * len(self.cameras), args.pixel_size, args.pixel_size)
-            num_tokens = 2 + self.frames_proj(frames).shape[2]
+            num_tokens = 2 + (((args.pixel_size - 8) // 4 - 3) // 2 - 1) ** 2
         else:
             self.environment_state_proj, num_tokens = nn.Linear(sizes["environment_state"], dim), 3
         self.latent_proj = nn.Linear(args.latent_dim, dim)

@@ -64,12 +64,13 @@ def joint_targets(state: np.ndarray, env: type) -> np.ndarray:
 
 
 class BasePolicy:
-    """What base policies have in common. `checkpoint` is what a residual's checkpoint must hold of one besides flags.
+    """What base policies have in common. `checkpoint` is what a residual's checkpoint must hold of one besides flags,
+    `sees` the constructor arguments of the environment that give it the cameras that it looks through, if any.
 
     All its attributes are its state, for --resume.
     """
 
-    checkpoint = None
+    checkpoint, sees = None, {}
 
     def reset(self, mask: np.ndarray) -> None:
         """Forget the episodes before; a policy of the observation alone has nothing to forget."""
@@ -218,7 +219,7 @@ class FrozenILPolicy(BasePolicy):
         joints = getattr(self.network, "joints", "measured")  # LeRobot knows no other
         self.measured = checkpoint.get("args", {}).get("joints", joints) == "measured"
         self.n_action_steps, self.coeff = self.network.n_action_steps, self.network.temporal_ensemble_coeff
-        self.cameras = getattr(self.network, "cameras", ())  # instead of the environment state
+        self.cameras, self.sees = getattr(self.network, "cameras", ()), sight(checkpoint)  # none: the environment state
         if self.measured and not observe_measured:
             raise UserError("this base sees the joints as they are measured: add --observe-measured")
         self.pointer = np.zeros(0, dtype=np.int64)  # next step of the chunk; or how many chunks an ensemble has
@@ -297,6 +298,7 @@ class HybridPolicy(BasePolicy):
             )
         self.policies, self.mode, self.env = list(policies), mode, env
         self.checkpoint = next(filter(None, (getattr(policy, "checkpoint", None) for policy in policies)), None)
+        self.sees = next(filter(None, (getattr(policy, "sees", None) for policy in policies)), {})
         self.weights = np.asarray(weights, dtype=np.float64) / np.sum(weights)
 
     def __call__(self, obs: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
@@ -328,12 +330,17 @@ def load_il(path: str) -> dict:
     return load_checkpoint(path)
 
 
+def sight(checkpoint: dict) -> dict:
+    """The constructor arguments of the environment that give an imitator its cameras, if it has any."""
+    task = checkpoint.get("env", {}).get("kwargs", {})
+    return {name: task[name] for name in PIXEL_ARGUMENTS if name in task}
+
+
 def seen_by_base(args: "BaseArgs") -> dict:
-    """The constructor arguments of the environment that give the base the cameras that it looks through, if any."""
+    """As `BasePolicy.sees`, of the base that the flags ask for."""
     if args.base_policy != "il" and not (args.base_policy == "hybrid" and "il" in args.hybrid_bases):
         return {}
-    task = load_il(args.il_checkpoint).get("env", {}).get("kwargs", {})
-    return {name: task[name] for name in PIXEL_ARGUMENTS if name in task}
+    return sight(load_il(args.il_checkpoint))
 
 
 BASES = {  # by name, what builds it of the flags `args`, and of what `make_base` is given

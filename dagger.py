@@ -81,9 +81,8 @@ class Network(nn.Module):
             nn.ReLU(),
             nn.Flatten(),
         )
-        with torch.no_grad():
-            features = self.encoder(torch.zeros(1, 3 * len(cameras), size, size)).shape[1]
-        self.trunk = nn.Sequential(nn.Linear(features, hidden_size), nn.LayerNorm(hidden_size), nn.ReLU())
+        side = ((size - 8) // 4 - 3) // 2 - 1  # of what it makes of a frame
+        self.trunk = nn.Sequential(nn.Linear(64 * side**2, hidden_size), nn.LayerNorm(hidden_size), nn.ReLU())
         self.pose_head = nn.Linear(hidden_size, 4)
         self.action_head = nn.Sequential(
             nn.Linear(hidden_size + 4 + 9, hidden_size),

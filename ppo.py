@@ -16,7 +16,7 @@ import torch.optim as optim
 import tyro
 from torch.distributions.normal import Normal
 
-from env_paper_square import EnvArgs, env_kwargs, eval_kwargs, state_of
+from env_paper_square import EnvArgs, env_kwargs, eval_kwargs, stack_observations, state_of
 from eval import report, validate
 from runs import Episodes, Real, Run, RunArgs, Whole, env_of, find_device, flags_of, parse, rebuild
 
@@ -235,7 +235,7 @@ if __name__ == "__main__":
 
             # Truncation is not termination: the value of the last observation stands in for what would have come
             if truncations.any():
-                final_obs = np.stack(infos["final_obs"][truncations])
+                final_obs = stack_observations(infos["final_obs"][truncations])
                 final_obs = torch.from_numpy(final_obs).to(device)
                 with torch.inference_mode():
                     reward[truncations] += args.gamma * agent.get_value(final_obs).cpu().numpy()

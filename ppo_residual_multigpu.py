@@ -252,12 +252,11 @@ if __name__ == "__main__":
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.torch_threads)
 
-    base_sees = seen_by_base(args)
     envs = gym.make_vec(
         "PaperSquare-v0",
         num_envs=num_envs,
         vectorization_mode="vector_entry_point",  # autoreset mode SAME_STEP
-        **{**env_kwargs(args), **base_sees, "num_threads": num_threads},
+        **{**env_kwargs(args), **seen_by_base(args), "num_threads": num_threads},
     )
     # The first episodes end early, each at another time: in step, every rollout would hold one phase of an episode only
     episode_steps = np.arange(args.num_envs) * envs.unwrapped.max_episode_steps // args.num_envs
@@ -294,7 +293,7 @@ if __name__ == "__main__":
 
     def judge(how):
         parts = {"model": agent.state_dict(), "base": base_policy.checkpoint}
-        checkpoint = run.checkpoint(envs, eval_kwargs(args) | base_sees, global_step, **parts)
+        checkpoint = run.checkpoint(envs, eval_kwargs(args) | base_policy.sees, global_step, **parts)
         how(run, make_policy(checkpoint, device=device), checkpoint)
 
     run.begin(globals())  # after --resume, all of the above is what it was when the run was saved
