@@ -62,6 +62,13 @@ class Args(RunArgs, EnvArgs, PixelArgs):
     hidden_size: Whole[1, 8192] = 256
     """units of each hidden layer"""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.pixels:
+            raise ValueError("--pixels needs a camera")
+        if self.num_envs * self.num_steps > self.total_timesteps:
+            raise ValueError("num_envs * num_steps exceeds --total-timesteps")
+
 
 class Network(nn.Module):
     """From frames (n, size, size, 3) uint8 of each camera, and joints, to an action and where the sheet is."""
@@ -196,6 +203,7 @@ if __name__ == "__main__":
     run = Run(args, __file__, total=num_iterations * batch_size)
     episodes = Episodes(args.num_envs)
     global_step, updates_due, beta = 0, 0.0, 1.0
+    action_loss = pose_loss = torch.zeros(())
     by_teacher = np.ones(args.num_envs, dtype=bool)  # in which environments the teacher acts
     rng = np.random.default_rng(args.seed)
 
@@ -227,7 +235,7 @@ if __name__ == "__main__":
             buffer.add(frames, arms, state[:, POSE_ROWS], teacher_action)
             action = np.where(by_teacher[:, None], teacher_action, student(next_obs))
 
-            if args.redraw_looks:
+            if args.redraw_looks and args.randomize_arm:
                 seeds = rng.integers(2**32, size=(args.num_envs, 4), dtype=np.uint32)
                 looks = draw_looks(seeds, args.randomize_camera, args.randomize_looks)
                 for name, x in looks.items():

@@ -520,6 +520,7 @@ BAD_TOGETHER = {  # flags that are allowed alone: what the message names
     "ppo_residual.py --total-timesteps 10": "--total-timesteps",
     "sac_residual.py --total-timesteps 5": "--total-timesteps",
     "sac_residual.py --buffer-size 20": "--buffer-size",
+    "dagger.py --total-timesteps 10": "--total-timesteps",
     "act.py --n-action-steps 17": "--n-action-steps",
     "act.py --n-heads 5": "--n-heads",
     "diffusion_policy.py --chunk-size 9 --n-action-steps 4": "--chunk-size",
