@@ -207,12 +207,13 @@ if __name__ == "__main__":
     by_teacher = np.ones(args.num_envs, dtype=bool)  # in which environments the teacher acts
     rng = np.random.default_rng(args.seed)
 
-    def checkpoint():
+    def make_checkpoint():
         task = eval_kwargs(args) | pixel_kwargs(args)
         return run.checkpoint(envs, task, global_step, model=network.state_dict())
 
     def judge(how):
-        how(run, make_policy(checkpoint(), device=device), checkpoint())
+        checkpoint = make_checkpoint()
+        how(run, make_policy(checkpoint, device=device), checkpoint)
 
     run.begin(globals())  # after --resume, all of the above is what it was when the run was saved
     for iteration in range(global_step // batch_size + 1, num_iterations + 1):
@@ -225,7 +226,7 @@ if __name__ == "__main__":
 
         # Act, and ask the teacher
         collect_start = time.perf_counter()
-        student = make_policy(checkpoint(), device=device)
+        student = make_policy(make_checkpoint(), device=device)
         for _step in range(args.num_steps):
             global_step += args.num_envs
             state = next_obs["state"]

@@ -49,7 +49,7 @@ def play(envs, steps, seed=0):
     return seen, finals
 
 
-def direct(envs, index, camera, sheet=None):
+def direct(envs, index, camera):
     """A frame of an environment as it is now, by another renderer than its own."""
     eyes = pixels.Eyes(1, [camera], envs.pixel_size, envs.markers)
     one = slice(index, index + 1)
