@@ -256,6 +256,7 @@ def make_observation(
     (num_envs,), how many times in a row the sheet was seen inside; `joint_measured` (num_envs, 6), rad, if known.
     """
     xy, yaw = sheet_pose[:, :2], sheet_pose[:, 2]
+    yaw = yaw - np.pi * np.round(yaw / np.pi)  # after half a turn the sheet is the same
     fingertip, _ = kinematics(joint_target)
     if joint_measured is None:
         joint_measured = np.broadcast_to(OBS_ZERO[OBS["joint_measured"]], joint_target.shape)
@@ -311,7 +312,7 @@ class PaperSquareVectorEnv(VectorEnv):
     | 0-5   | joint_target       | joint targets                            | rad    | home          | 3           |
     | 6-11  | last_action        | the action before, clipped               | -      | 0             | 1           |
     | 12-13 | sheet_pos          | centre of the sheet                      | m      | 0.19, 0       | 10          |
-    | 14-15 | sheet_yaw          | sine and cosine of the sheet's yaw       | -      | 0, 1          | 5, 2.5      |
+    | 14-15 | sheet_yaw          | sine and cosine of yaw, less half turns  | -      | 0, 1          | 5, 2.5      |
     | 16-17 | yaw_error          | yaw from a quarter turn, cosine of 4 yaw | rad, - | 0, 1          | 6, 2.5      |
     | 18-19 | sheet_to_square    | sheet's centre to square's centre, xy    | m      | 0             | 30          |
     | 20-22 | fingertip_pos      | fixed fingertip at the joint targets     | m      | 0.19, 0, 0.01 | 10, 10, 100 |
