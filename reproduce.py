@@ -47,9 +47,10 @@ ALPHA = "ppo_residual.py --alpha 0.3"
 ACT = "--il-checkpoint assets/act.safetensors"
 DIFFUSION = "--il-checkpoint assets/diffusion_policy.safetensors"
 BLEND = f"{ACT} --hybrid-bases jacobian il --hybrid-weights 0.7 0.3"
-WIDE = (
-    "--randomize-xy 0.08 --randomize-yaw 1.5708"  # x 0.11 to 0.27 m, y -0.17 to -0.01 m; the sheet looks alike after pi
-)
+ANYWHERE = "--randomize-xy 0.08 --randomize-yaw 1.5708"  # x 0.11 to 0.27 m, y -0.17 to -0.01 m, all yaws that differ
+PATIENT = "--clip-coef 0.05 --gae-lambda 0.98 --num-envs 64 --num-steps 64"  # PPO where long training undoes itself
+PRECISE = "--orientation-weight -0.5 --clip-coef 0.1 --total-timesteps 600000"
+STARTS = f"ppo_residual.py --alpha 1 --orientation-weight -1 {PATIENT} --total-timesteps 2000000 --eval-freq 196608"
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,17 @@ SUITES = {
         },
         references=("SAC residual, 20k steps",),
     ),
+    "starts": Suite(
+        {
+            "nominal start, base alone": "eval.py --policy jacobian",
+            "nominal start, residual": "ppo_residual.py",
+            "any start, base alone": f"eval.py --policy jacobian {ANYWHERE}",
+            "any start, default residual": f"ppo_residual.py {ANYWHERE}",
+            "any start, residual": f"{STARTS} {ANYWHERE}",
+        },
+        references=("any start, base alone", "any start, default residual"),
+        seeds=5,
+    ),
     "precision": Suite(
         {
             "clearance 6 mm, base alone": "eval.py --policy jacobian",
@@ -159,10 +171,10 @@ SUITES = {
             "clearance 4 mm, residual": "ppo_residual.py --tape-half-size 0.078",
             "clearance 2 mm, base alone": "eval.py --policy jacobian --tape-half-size 0.076",
             "clearance 2 mm, residual": "ppo_residual.py --tape-half-size 0.076",
-            "any start, base alone": f"eval.py --policy jacobian {WIDE}",
-            "any start, residual": f"ppo_residual.py {WIDE}",
+            "clearance 2 mm, yaw weighs more": f"ppo_residual.py --tape-half-size 0.076 {PRECISE}",
         },
         references=("clearance 6 mm, residual",),
+        seeds=5,
     ),
     "quick": Suite(
         {
