@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from torch.utils.data import TensorDataset
 
-from base_policies import env_state_rows
+from base_policies import env_state_rows, joints_to_rad
 from env_paper_square import JOINTS, POLICY_HZ, EnvArgs, PaperSquareVectorEnv, eval_kwargs
 from figures import decode_mp4, encode_mp4, shrink
 from runs import UserError, digest, env_of, lock, write_json, write_whole
@@ -207,6 +207,50 @@ def load_demos(
     if cameras:
         demos |= {"environment_state": np.zeros((len(episode), 1), dtype=np.float32), **films}
     return demos | {"state": demos.pop("commanded", demos["state"]), "episode": episode}
+
+
+def load_transitions(
+    root: str | Path, env: type = PaperSquareVectorEnv, act_scale: float = 0.02, observe_measured: bool = False
+) -> dict[str, np.ndarray]:
+    """Demonstrations as record_demos.py writes them, as the transitions that the environment made of them.
+
+    Returns arrays "obs" and "next_obs" (num, obs_dim) float32, "actions" (num, 6) in units of `act_scale`, "rewards",
+    "terminations" and "dones" (num,). Actions are what was executed, noise and all, but of the last step what was
+    wanted. The last step of an episode without success is left out: nothing was recorded after it. Raises UserError as
+    `load_demos`, and if a step exceeds `act_scale`.
+    """
+    root = Path(root)
+    demos = load_demos(root, env=env, joints="commanded")
+    with readable(root):
+        info = read_info(root)
+        outcomes = read_frames(root, info, {"next.reward": 1, "next.success": 1}, info["total_episodes"])
+    targets, wanted = joints_to_rad(demos["state"]), joints_to_rad(demos["action"])
+    last = np.append(demos["episode"][1:] != demos["episode"][:-1], True)
+    executed = np.where(last[:, None], wanted, np.roll(targets, -1, axis=0))
+    actions = (executed - targets) / act_scale
+    if np.abs(actions).max() > 1.001:
+        raise UserError(f"the steps in {root} are of up to {np.abs(actions).max() * act_scale:.3g} rad: --act-scale")
+    actions = np.clip(actions, -1.0, 1.0)
+
+    zero = env.to_si(np.zeros(env.OBS_DIM))
+    obs = np.tile(zero, (len(targets), 1))
+    obs[:, env.OBS["joint_target"]] = targets
+    if observe_measured:
+        obs[:, env.OBS["joint_measured"]] = joints_to_rad(load_demos(root, env=env)["state"])
+    obs = (obs - zero) * env.OBS_SCALE
+    obs[:, env.OBS["last_action"]] = np.where(np.roll(last, 1)[:, None], 0.0, np.roll(actions, 1, axis=0))
+    obs[:, np.concatenate([np.r_[env.OBS[name]] for name in env_state_rows(env)])] = demos["environment_state"]
+
+    cut = last & ~outcomes["next.success"]
+    transitions = {
+        "obs": obs.astype(np.float32),
+        "actions": actions,
+        "rewards": outcomes["next.reward"],
+        "next_obs": np.roll(obs, -1, axis=0).astype(np.float32),
+        "terminations": outcomes["next.success"],
+        "dones": last | np.roll(cut, -1),
+    }
+    return {name: values[~cut] for name, values in transitions.items()}
 
 
 def read_video(root: Path, info: dict, camera: str, num_episodes: int, size: int) -> np.ndarray:

@@ -23,6 +23,7 @@ from torch.distributions.normal import Normal
 from base_policies import BaseArgs, make_base
 from env_paper_square import EnvArgs, env_kwargs, eval_kwargs, state_of
 from eval import report, validate
+from lerobot_dataset import load_transitions
 from runs import Episodes, Real, Run, RunArgs, Whole, env_of, find_device, flags_of, parse, rebuild
 
 
@@ -94,6 +95,8 @@ class Args(RunArgs, EnvArgs, BaseArgs):
     """standard deviation of the residual in those steps, so that they tell what it does (arXiv 2509.19301)"""
     prog_explore: Whole[0, 10**10] = 0
     """H: after t steps the residual acts with probability t / H, otherwise the base alone (arXiv 2412.13630)"""
+    demos: str = ""
+    """folder of demonstrations, as record_demos.py writes them, that fill half of each batch (arXiv 2302.02948)"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -254,6 +257,24 @@ def n_step_returns(rewards, ends, gamma):
     return (before * discounts * rewards).sum(1), before.sum(1)
 
 
+def demo_buffer(demos, base_policy, reward_scale):
+    """A buffer of the transitions that `load_transitions` returns, with what the base would have done in them."""
+    demos |= {"base_actions": np.zeros_like(demos["actions"]), "next_base_actions": np.zeros_like(demos["actions"])}
+    rb = ReplayBuffer(len(demos["obs"]), 1, demos["obs"].shape[1], demos["actions"].shape[1])
+    fresh = True
+    for k, done in enumerate(demos["dones"]):
+        if fresh:
+            base_policy.reset(np.ones(1, dtype=bool))
+            demos["base_actions"][k] = base_policy(demos["obs"][k : k + 1])
+        demos["next_base_actions"][k] = base_policy(demos["next_obs"][k : k + 1])
+        if not done:
+            demos["base_actions"][k + 1] = demos["next_base_actions"][k]
+        step = {name: x[k : k + 1] for name, x in demos.items()}
+        rb.add(**step | {"rewards": reward_scale * step["rewards"]})
+        fresh = done
+    return rb
+
+
 def make_policy(checkpoint, sample=False, device="cpu"):
     """Rebuild the policy from a checkpoint alone, networks on `device`; raises UserError if its parts do not fit."""
     args, env = flags_of(Args, checkpoint), env_of(checkpoint)
@@ -302,6 +323,11 @@ if __name__ == "__main__":
     q_optimizer = optim.Adam(q_parameters, lr=args.learning_rate, fused=True)
     temperature_optimizer = optim.Adam([log_temperature], lr=args.learning_rate, fused=True)
     rb = ReplayBuffer(args.buffer_size // args.num_envs, args.num_envs, obs_dim, action_dim)
+    if args.demos:
+        demos = load_transitions(args.demos, type(envs.unwrapped), args.act_scale, args.observe_measured)
+        demo_base = make_base(args.base_policy, args, envs, args.act_scale, device=device)
+        demo_rb = demo_buffer(demos, demo_base, args.reward_scale)
+        del demos, demo_base  # of which the buffer holds all
 
     num_iterations = args.total_timesteps // args.num_envs
     run = Run(args, __file__, total=num_iterations * args.num_envs)
@@ -382,7 +408,11 @@ if __name__ == "__main__":
         while updates_due >= 1.0:
             updates_due -= 1.0
             gradient_steps += 1
-            data = rb.sample(args.batch_size, args.n_step, args.gamma)
+            num_demos = args.batch_size // 2 if args.demos else 0
+            data = rb.sample(args.batch_size - num_demos, args.n_step, args.gamma)
+            if num_demos:
+                some = demo_rb.sample(num_demos, args.n_step, args.gamma)
+                data = {name: torch.cat([x, some[name]]) for name, x in data.items()}
             data = {name: x.to(device) for name, x in data.items()}
             x, next_x = data["obs"], data["next_obs"]
             if args.base_input:

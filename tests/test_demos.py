@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 from gymnasium.vector import AutoresetMode
 from numpy.testing import assert_allclose, assert_array_equal
+from test_scripts import TINY, run_script
 
 import lerobot_dataset
 import record_demos
@@ -30,7 +31,7 @@ from base_policies import JacobianIKPolicy, ZeroPolicy, joint_targets, joints_to
 from env_paper_square import OBS, SCENE_PATH, EnvArgs, PaperSquareVectorEnv, eval_kwargs, kinematics, to_si
 from eval import VALIDATION_SEED
 from figures import check_rendering, encode_mp4
-from lerobot_dataset import KEYS, Dataset, load_demos, load_task, make_features
+from lerobot_dataset import KEYS, Dataset, load_demos, load_task, load_transitions, make_features
 from record_demos import KeyboardPolicy, draw_noise, key_to_motion, motion_to_action, record_episodes
 from runs import UserError, describe_env
 
@@ -485,6 +486,57 @@ def test_replaying_the_recorded_targets_gives_the_recorded_states():
         assert episode["next.success"][k] == terminations[0]
         target = wanted
     assert moved > 0.06  # the sheet was dragged in it
+
+
+@pytest.mark.parametrize("tape_half_size, noise_std", [(0.08, 0.3), (0.3, 0.0)])  # the sheet begins in the larger one
+def test_transitions_are_those_that_the_environment_made(tmp_path, monkeypatch, tape_half_size, noise_std):
+    seen, executed, paid = [], [], []
+
+    def reset(envs, **kwargs):
+        obs, infos = PaperSquareVectorEnv.reset(envs, **kwargs)
+        seen.append([obs[0].copy()])
+        return obs, infos
+
+    def step(envs, actions):
+        obs, rewards, *rest = PaperSquareVectorEnv.step(envs, actions)
+        seen[-1].append(obs[0].copy())
+        executed.append(np.clip(actions[0], -1, 1))
+        paid.append(rewards[0])
+        return obs, rewards, *rest
+
+    envs = make_envs(1, 12, observe_measured=True, tape_half_size=tape_half_size)
+    monkeypatch.setattr(envs, "reset", partial(reset, envs))
+    monkeypatch.setattr(envs, "step", partial(step, envs))
+    save(tmp_path, list(record_episodes(JacobianIKPolicy(), envs, 0, 3, noise_std=noise_std)))
+    found = load_transitions(tmp_path, observe_measured=True)
+    success = tape_half_size == 0.3
+    length = 5 if success else 12
+    kept = np.tile(np.arange(length) < length - (not success), 3)  # but the last step of a failure
+    assert_allclose(found["obs"], np.concatenate([obs[:-1] for obs in seen])[kept], atol=1e-4)
+    assert_allclose(found["actions"], np.array(executed)[kept], atol=1e-4)
+    assert_allclose(found["rewards"], np.array(paid)[kept], atol=1e-6)
+    assert_array_equal(np.flatnonzero(found["dones"]), kept.sum() // 3 * np.arange(1, 4) - 1)
+    assert_array_equal(found["terminations"], found["dones"] & success)
+    following = np.concatenate([obs[1:] for obs in seen])[kept]
+    known = ~found["terminations"]
+    assert_allclose(found["next_obs"][known], following[known], atol=1e-4)
+    refused(lambda root: load_transitions(root, act_scale=0.001), tmp_path, "up to .* rad: --act-scale")
+
+
+def test_sac_learns_from_demonstrations_by_halves(dataset, tmp_path, monkeypatch):
+    flags = f"{TINY['sac_residual.py']} --demos {dataset} --learning-rate 1e-12"
+    script = run_script("sac_residual.py", flags, monkeypatch, tmp_path)
+    rb, demo_rb, batch = script["rb"], script["demo_rb"], script["data"]
+    demos = load_transitions(dataset)
+    assert_array_equal(demo_rb.obs[:, 0], demos["obs"])
+    assert_allclose(demo_rb.actions[:, 0], demos["actions"], atol=1e-6)
+    assert_allclose(demo_rb.rewards[:, 0], script["args"].reward_scale * demos["rewards"], rtol=1e-6)
+    for name in ("", "next_"):
+        assert_allclose(
+            demo_rb.__dict__[f"{name}base_actions"][:, 0], JacobianIKPolicy()(demos[f"{name}obs"]), atol=1e-6
+        )
+    for half, buffer in zip(batch["obs"].split(len(batch["obs"]) // 2), (rb, demo_rb), strict=True):
+        assert (half[:, None] == buffer.obs.flatten(0, 1)).all(2).any(1).all()  # every one of them is in there
 
 
 def test_only_successes_are_the_first_ones_whatever_num_envs():
