@@ -159,11 +159,12 @@ SUITES = {
         {
             "nominal start, base alone": "eval.py --policy jacobian",
             "nominal start, residual": "ppo_residual.py",
+            "nominal start, steady": f"ppo_residual.py {STEADY}",
             "any start, base alone": f"eval.py --policy jacobian {ANYWHERE}",
-            "any start, default residual": f"ppo_residual.py {ANYWHERE}",
-            "any start, residual": STARTS,
+            "any start, residual": f"ppo_residual.py {ANYWHERE}",
+            "any start, steady, 2M steps": STARTS,
         },
-        references=("any start, base alone", "any start, default residual"),
+        references=("nominal start, residual", "any start, residual"),
         seeds=5,
     ),
     "precision": Suite(
