@@ -29,7 +29,7 @@ from arm_calibration import Touch, TouchedArm, fit_touches, load_calibration, ta
 from base_policies import ZeroPolicy, joints_to_lerobot, joints_to_rad
 from env_paper_square import JOINTS, SQUARE_POS, PaperSquareVectorEnv, make_observation
 from eval import TEST_SEED, load_policy, play_episodes
-from lerobot_dataset import load_demos
+from lerobot_dataset import load_demos, load_transitions
 from real_arm import (
     CLEAR,
     COLUMNS,
@@ -563,6 +563,10 @@ def test_a_rehearsal_is_logged_counted_plotted_and_recorded(tmp_path, monkeypatc
     np.testing.assert_allclose(demos["action"], joints_to_lerobot(sent), atol=0.01)
     measured = np.array([[float(row[f"measured_{joint}"]) for joint in JOINTS] for row in played])
     np.testing.assert_allclose(load_demos("demos")["state"], joints_to_lerobot(measured), atol=0.01)
+    learned_from = load_transitions("demos")  # by sac_residual.py
+    wanted = np.array([[float(row[f"action_{joint}"]) for joint in JOINTS] for row in played])
+    agree = np.abs(learned_from["actions"] - wanted) < 0.01
+    assert agree[:, :5].mean() > 0.9 and learned_from["terminations"].sum() == 2  # limits changed some
     run_script(f"{QUICK} --episodes 1 --record demos --append --base-only --seconds 1", tmp_path, monkeypatch)
     assert load_demos("demos")["episode"].max() == 2
 
