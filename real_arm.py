@@ -315,6 +315,7 @@ def make_so101(args: Args):
     camera = int(args.camera) if args.camera.isdigit() else Path(args.camera)
     cameras = {"top": OpenCVCameraConfig(index_or_path=camera, fps=POLICY_HZ, width=640, height=480)}
     config = SO101FollowerConfig(port=args.port, id=args.id, use_degrees=True, cameras=cameras)
+    config.num_read_retries = 0  # of LeRobot 0.6, each up to 0.1 s long; the loop holds and counts instead
     robot = SO101Follower(config)
     if not robot.calibration:
         raise UserError(f"{robot.calibration_fpath} is not there: calibrate by lerobot-calibrate --robot.id={args.id}")
