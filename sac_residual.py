@@ -324,10 +324,12 @@ if __name__ == "__main__":
     temperature_optimizer = optim.Adam([log_temperature], lr=args.learning_rate, fused=True)
     rb = ReplayBuffer(args.buffer_size // args.num_envs, args.num_envs, obs_dim, action_dim)
     if args.demos:
-        demos = load_transitions(args.demos, type(envs.unwrapped), args.act_scale, args.observe_measured)
-        demo_base = make_base(args.base_policy, args, envs, args.act_scale, device=device)
-        demo_rb = demo_buffer(demos, demo_base, args.reward_scale)
-        del demos, demo_base  # of which the buffer holds all
+        demo_rb = demo_buffer(
+            load_transitions(args.demos, type(envs.unwrapped), args.act_scale, args.observe_measured),
+            make_base(args.base_policy, args, envs, args.act_scale, device=device),
+            args.reward_scale,
+        )
+    num_demos = args.batch_size // 2 if args.demos else 0  # of each batch
 
     num_iterations = args.total_timesteps // args.num_envs
     run = Run(args, __file__, total=num_iterations * args.num_envs)
@@ -408,7 +410,6 @@ if __name__ == "__main__":
         while updates_due >= 1.0:
             updates_due -= 1.0
             gradient_steps += 1
-            num_demos = args.batch_size // 2 if args.demos else 0
             data = rb.sample(args.batch_size - num_demos, args.n_step, args.gamma)
             if num_demos:
                 some = demo_rb.sample(num_demos, args.n_step, args.gamma)
