@@ -37,7 +37,7 @@ from ppo_residual import Agent, make_policy
 from runs import ROOT, Flags, Real, UserError, Whole, available_cores, load_checkpoint, parse
 
 CORES = available_cores()
-NUM_ENVS, ROLLOUT = 128, 4096  # of ppo.py and ppo_residual.py: environments, and steps per rollout over all of them
+NUM_ENVS, ROLLOUT = 64, 4096  # of ppo.py and ppo_residual.py: environments, and steps per rollout over all of them
 TRAININGS = {  # script: steps to train for; those of them at the start that do not count
     "ppo.py": (100_000, ROLLOUT),
     "ppo_residual.py": (300_000, ROLLOUT),

@@ -145,7 +145,7 @@ class EnvArgs(Flags):
     """reward, once, for a success"""
     distance_weight: Real[-1e4, 1e4] = -2.0
     """reward per m between the sheet's centre and the square's, each step"""
-    orientation_weight: Real[-1e4, 1e4] = -0.1
+    orientation_weight: Real[-1e4, 1e4] = -1.0
     """reward per rad between the sheet's yaw and a multiple of 90 degrees, each step"""
     time_weight: Real[-1e4, 1e4] = -0.01
     """reward each step"""
@@ -328,7 +328,7 @@ class PaperSquareVectorEnv(VectorEnv):
     |-------------|----------------|---------------------------------------------------------|
     | success     | 10             | 1 on the step that ends the episode in success, else 0  |
     | distance    | -2             | distance from the sheet's centre to the square's, m     |
-    | orientation | -0.1           | angle from the sheet's yaw to a multiple of 90 deg, rad |
+    | orientation | -1             | angle from the sheet's yaw to a multiple of 90 deg, rad |
     | time        | -0.01          | 1                                                       |
     | reach       | 0              | distance from the fixed fingertip to the sheet, m       |
     | force       | -0.003         | what the harder pressed fingertip has above 5 N, N      |

@@ -42,9 +42,9 @@ class Args(RunArgs, EnvArgs, BaseArgs):
     # PPO
     total_timesteps: Whole[1, 10**10] = 300_000
     """environment steps to train for, over all environments"""
-    num_envs: Annotated[Whole[1, 32_768], tyro.conf.arg(aliases=["--n-envs"])] = 128
+    num_envs: Annotated[Whole[1, 32_768], tyro.conf.arg(aliases=["--n-envs"])] = 64
     """environments stepped together"""
-    num_steps: Annotated[Whole[1, 10**6], tyro.conf.arg(aliases=["--n-steps"])] = 32
+    num_steps: Annotated[Whole[1, 10**6], tyro.conf.arg(aliases=["--n-steps"])] = 64
     """steps of each environment per rollout"""
     minibatch_size: Annotated[Whole[2, 10**7], tyro.conf.arg(aliases=["--batch-size"])] = 1024
     """samples per gradient step; must divide num_envs * num_steps"""
@@ -56,9 +56,9 @@ class Args(RunArgs, EnvArgs, BaseArgs):
     """anneal the step size linearly to zero"""
     gamma: Real[0, 1] = 0.99
     """discount factor; turning the sheet pays off a hundred steps later"""
-    gae_lambda: Real[0, 1] = 0.95
+    gae_lambda: Real[0, 1] = 0.98
     """lambda of generalised advantage estimation"""
-    clip_coef: Annotated[Real[1e-6, 100], tyro.conf.arg(aliases=["--clip-range"])] = 0.2
+    clip_coef: Annotated[Real[1e-6, 100], tyro.conf.arg(aliases=["--clip-range"])] = 0.05
     """clipping range of the probability ratio, epsilon"""
     ent_coef: Real[0, 100] = 0.0
     """weight of the entropy bonus, c2"""

@@ -48,9 +48,7 @@ ACT = "--il-checkpoint assets/act.safetensors"
 DIFFUSION = "--il-checkpoint assets/diffusion_policy.safetensors"
 BLEND = f"{ACT} --hybrid-bases jacobian il --hybrid-weights 0.7 0.3"
 ANYWHERE = "--randomize-xy 0.08 --randomize-yaw 1.5708"  # x 0.11 to 0.27 m, y -0.17 to -0.01 m, all yaws that differ
-# Small steps of the policy, by advantages that look far ahead, and a yaw that weighs as much as the way
-STEADY = "--orientation-weight -1 --clip-coef 0.05 --gae-lambda 0.98 --num-envs 64 --num-steps 64"
-STARTS = f"ppo_residual.py --alpha 1 {STEADY} --total-timesteps 2000000 --eval-freq 196608 {ANYWHERE}"
+STARTS = f"ppo_residual.py --alpha 1 --total-timesteps 2000000 --eval-freq 196608 {ANYWHERE}"
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,6 @@ SUITES = {
             "half speed": "eval.py --policy hybrid",
             "half speed + residual": SHORT_PPO + " --base-policy hybrid",
             "half speed + residual, 300k steps": "ppo_residual.py --base-policy hybrid",
-            "half speed + residual, 300k steps, steady": f"ppo_residual.py --base-policy hybrid {STEADY}",
         },
         references=("Jacobian", "Jacobian + residual"),
         seeds=5,
@@ -113,10 +110,8 @@ SUITES = {
             "Jacobian + residual": ALPHA,
             "ACT": f"eval.py --policy il {ACT}",
             "ACT + residual": f"{ALPHA} --base-policy il {ACT}",
-            "ACT + residual, steady": f"{ALPHA} {STEADY} --base-policy il {ACT}",
             "diffusion": f"eval.py --policy il {DIFFUSION}",
             "diffusion + residual": f"{ALPHA} --base-policy il {DIFFUSION}",
-            "diffusion + residual, steady": f"{ALPHA} {STEADY} --base-policy il {DIFFUSION}",
             "Jacobian and ACT": f"eval.py --policy hybrid {BLEND}",
             "Jacobian and ACT + residual": f"{ALPHA} --base-policy hybrid {BLEND}",
         },
@@ -161,10 +156,9 @@ SUITES = {
         {
             "nominal start, base alone": "eval.py --policy jacobian",
             "nominal start, residual": "ppo_residual.py",
-            "nominal start, steady": f"ppo_residual.py {STEADY}",
             "any start, base alone": f"eval.py --policy jacobian {ANYWHERE}",
             "any start, residual": f"ppo_residual.py {ANYWHERE}",
-            "any start, steady, 2M steps": STARTS,
+            "any start, residual, 2M steps": STARTS,
         },
         references=("nominal start, residual", "any start, residual"),
         seeds=5,
@@ -177,7 +171,7 @@ SUITES = {
             "clearance 4 mm, residual": "ppo_residual.py --tape-half-size 0.078",
             "clearance 2 mm, base alone": "eval.py --policy jacobian --tape-half-size 0.076",
             "clearance 2 mm, residual": "ppo_residual.py --tape-half-size 0.076",
-            "clearance 2 mm, steady": f"ppo_residual.py --tape-half-size 0.076 {STEADY} --total-timesteps 600000",
+            "clearance 2 mm, residual, 600k steps": "ppo_residual.py --tape-half-size 0.076 --total-timesteps 600000",
         },
         references=("clearance 6 mm, residual",),
         seeds=5,
