@@ -6,9 +6,12 @@ In 100 seconds on two cores, from 25 demonstrations to 93 % of held-out episodes
 The policy is a base to be lifted: python ppo_residual.py --base-policy il --il-checkpoint runs/NAME/best.safetensors
 """
 
+import os
 import time
 from dataclasses import dataclass
 from typing import Literal
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads: threads that wait leave busy cores to others
 
 import torch
 import torch.nn as nn

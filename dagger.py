@@ -7,9 +7,12 @@ learns from all that was ever said.
 The policy is a base like any other: python ppo_residual.py --base-policy il --il-checkpoint runs/NAME/last.safetensors
 """
 
+import os
 import time
 import zlib
 from dataclasses import dataclass
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads: threads that wait leave busy cores to others
 
 import gymnasium as gym
 import numpy as np

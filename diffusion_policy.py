@@ -8,9 +8,12 @@ The policy is a base to be lifted: python ppo_residual.py --base-policy il --il-
 
 import copy
 import functools
+import os
 import time
 from dataclasses import dataclass
 from typing import Literal
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads: threads that wait leave busy cores to others
 
 import torch
 import torch.nn as nn

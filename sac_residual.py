@@ -51,6 +51,8 @@ class Args(RunArgs, EnvArgs, BaseArgs):
     """update-to-data ratio: gradient steps per environment step (arXiv 2509.19301)"""
     learning_rate: Real[1e-12, 1] = 1e-3
     """step size of Adam, for actor, critics and temperature"""
+    anneal_lr: bool = True
+    """anneal the step size linearly to zero"""
     gamma: Real[0, 1] = 0.99
     """discount factor; turning the sheet pays off a hundred steps later"""
     tau: Real[1e-6, 1] = 0.005
@@ -350,6 +352,9 @@ if __name__ == "__main__":
 
         # Schedules
         progress = (iteration - 1) / num_iterations
+        if args.anneal_lr:
+            for optimizer in (actor_optimizer, q_optimizer, temperature_optimizer):
+                optimizer.param_groups[0]["lr"] = (1.0 - progress) * args.learning_rate
         if args.curriculum:
             share = max(0.0, 1.0 - 2.0 * progress)
             envs.unwrapped.tape_half_size = args.tape_half_size + share * (args.curriculum_start - args.tape_half_size)
@@ -464,7 +469,7 @@ if __name__ == "__main__":
                 std = actor(x)[1].exp().mean()
             scalars = {
                 **episodes.scalars(),
-                "charts/learning_rate": args.learning_rate,
+                "charts/learning_rate": actor_optimizer.param_groups[0]["lr"],
                 "charts/tape_half_size": envs.unwrapped.tape_half_size,
                 "charts/std": std,
                 "charts/SPS": num_steps / seconds.sum(),

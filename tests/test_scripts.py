@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import io
 import json
+import os
 import re
 import runpy
 import shlex
@@ -416,6 +417,16 @@ def test_a_checkpoint_alone_is_the_policy_that_was_trained(name, flags, monkeypa
     assert (one["residual_norm"].min() > 0) == (name != "ppo.py")
 
 
+@pytest.mark.parametrize("name", [name for name in TRAINING if TRAINING[name].Args.torch_threads > 1])
+def test_torch_threads_that_wait_leave_busy_cores_to_others(name):
+    command = [sys.executable, str(ROOT / name), "--help"]
+    environment = {**os.environ, "OMP_DISPLAY_ENV": "verbose"}
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True).stderr
+    if "GOMP" not in shown:
+        pytest.skip("torch has other threads here than GCC's")
+    assert "GOMP_SPINCOUNT = '1000'" in shown
+
+
 @pytest.mark.parametrize("name", RL)
 def test_same_seed_same_weights_whatever_the_threads_and_evaluations(name, monkeypatch, tmp_path):
     runs = []
@@ -484,6 +495,15 @@ def test_the_projects_own_checkpoints_are_found_from_elsewhere(monkeypatch, tmp_
     with pytest.raises(SystemExit):
         run_script("record_demos.py", "--num-episodes 1 --num-threads 1", monkeypatch, tmp_path)
     assert (tmp_path / "demos" / "meta" / "info.json").exists()
+
+
+@pytest.mark.parametrize("anneal", [True, False])
+def test_sac_anneals_all_its_step_sizes_linearly(anneal, no_evaluations, monkeypatch, tmp_path):
+    flags = f"{TINY['sac_residual.py']} --learning-rate 0.004 --{'' if anneal else 'no-'}anneal-lr"
+    script = run_script("sac_residual.py", flags, monkeypatch, tmp_path)
+    last = 0.004 * (1 / script["num_iterations"] if anneal else 1)  # of the last step: what is left of the way
+    for part in ("actor", "q", "temperature"):
+        assert script[f"{part}_optimizer"].param_groups[0]["lr"] == pytest.approx(last)
 
 
 @pytest.mark.parametrize("flags", ["--curriculum --no-anneal-lr", "--alpha-schedule linear --no-randomize"])
