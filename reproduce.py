@@ -50,6 +50,7 @@ BLEND = f"{ACT} --hybrid-bases jacobian il --hybrid-weights 0.7 0.3"
 ANYWHERE = "--randomize-xy 0.08 --randomize-yaw 1.5708"  # x 0.11 to 0.27 m, y -0.17 to -0.01 m, all yaws that differ
 # Long runs from before these were the defaults, with the flags that they had then
 SPELLED = "--orientation-weight -1 --clip-coef 0.05 --gae-lambda 0.98 --num-envs 64 --num-steps 64"
+PRECISE = f"ppo_residual.py --tape-half-size 0.076 {SPELLED}"
 STARTS = f"ppo_residual.py --alpha 1 {SPELLED} --total-timesteps 2000000 --eval-freq 196608 {ANYWHERE}"
 
 
@@ -92,12 +93,11 @@ SUITES = {
     "bases": Suite(
         {
             "zero": "eval.py --policy zero",
-            "zero + residual": SHORT_PPO + " --base-policy zero",
-            "Jacobian": "eval.py --policy jacobian",
-            "Jacobian + residual": SHORT_PPO,
+            "zero + residual": "ppo_residual.py --base-policy zero",
             "half speed": "eval.py --policy hybrid",
-            "half speed + residual": SHORT_PPO + " --base-policy hybrid",
-            "half speed + residual, 300k steps": "ppo_residual.py --base-policy hybrid",
+            "half speed + residual": "ppo_residual.py --base-policy hybrid",
+            "Jacobian": "eval.py --policy jacobian",
+            "Jacobian + residual": "ppo_residual.py",
         },
         references=("Jacobian", "Jacobian + residual"),
         seeds=5,
@@ -167,7 +167,7 @@ SUITES = {
             "clearance 4 mm, base alone": "eval.py --policy jacobian --tape-half-size 0.078",
             "clearance 4 mm, residual": "ppo_residual.py --tape-half-size 0.078",
             "clearance 2 mm, base alone": "eval.py --policy jacobian --tape-half-size 0.076",
-            "clearance 2 mm, residual, 600k steps": f"ppo_residual.py --tape-half-size 0.076 {SPELLED} --total-timesteps 600000",
+            "clearance 2 mm, residual, 600k steps": f"{PRECISE} --total-timesteps 600000",
         },
         references=("clearance 6 mm, residual",),
         seeds=5,
