@@ -38,7 +38,7 @@ from scipy.stats import binomtest, bootstrap, mannwhitneyu
 from figures import pyplot, save_figure
 from runs import ROOT, Flags, UserError, Whole, available_cores, fingerprint, load_checkpoint, lock, parse, write_whole
 
-PURE_RL = "ppo.py --num-envs 64 --minibatch-size 512 --total-timesteps 1000000 --reach-weight -1"
+PURE_RL = "ppo.py --total-timesteps 1000000 --eval-freq 98304 --reach-weight -1"
 SHORT_PPO = "ppo_residual.py --total-timesteps 100000"  # stopped while it still learns
 SHORT_SAC = "sac_residual.py --total-timesteps 20000 --eval-freq 10000"
 QUICK = "--total-timesteps 1024 --num-envs 8 --eval-episodes 4"
@@ -92,8 +92,6 @@ SUITES = {
     ),
     "bases": Suite(
         {
-            "zero": "eval.py --policy zero",
-            "zero + residual": "ppo_residual.py --base-policy zero",
             "half speed": "eval.py --policy hybrid",
             "half speed + residual": "ppo_residual.py --base-policy hybrid",
             "Jacobian": "eval.py --policy jacobian",
@@ -124,13 +122,13 @@ SUITES = {
         {
             "PPO residual, 100k steps": SHORT_PPO,
             "alpha 0.1": SHORT_PPO + " --alpha 0.1",
-            "alpha 0.3": SHORT_PPO + " --alpha 0.3",
             "alpha 1.0": SHORT_PPO + " --alpha 1",
-            "alpha rising from 0.3 to 1.0": SHORT_PPO + " --alpha-schedule linear",
             "act_scale 0.01": SHORT_PPO + " --act-scale 0.01",
             "act_scale 0.04": SHORT_PPO + " --act-scale 0.04",
+            "clipping range 0.2": SHORT_PPO + " --clip-coef 0.2",
+            "lambda 0.95": SHORT_PPO + " --gae-lambda 0.95",
+            "orientation weight -0.1": SHORT_PPO + " --orientation-weight -0.1",
             "no residual penalty": SHORT_PPO + " --residual-penalty 0",
-            "residual penalty times ten": SHORT_PPO + " --residual-penalty 0.01",
             "constant step size": SHORT_PPO + " --no-anneal-lr",
             "curriculum": SHORT_PPO + " --curriculum",
             "trained without randomisation": SHORT_PPO + " --no-randomize",
@@ -138,17 +136,17 @@ SUITES = {
             "critic starts at zero": SHORT_PPO + " --no-value-init",
         },
         references=("PPO residual, 100k steps",),
+        episodes=500,
     ),
     "sac": Suite(
         {
             "SAC residual, 20k steps": SHORT_SAC,
-            "no warm-up": SHORT_SAC + " --learning-starts 256",
-            "no layer normalisation": SHORT_SAC + " --no-layer-norm",
-            "base action not shown": SHORT_SAC + " --no-base-input",
             "constant step size": SHORT_SAC + " --no-anneal-lr",
             "1-step returns": SHORT_SAC + " --n-step 1",
+            "no layer normalisation": SHORT_SAC + " --no-layer-norm",
         },
         references=("SAC residual, 20k steps",),
+        episodes=500,
     ),
     "starts": Suite(
         {
