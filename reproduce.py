@@ -141,12 +141,17 @@ SUITES = {
     "sac": Suite(
         {
             "SAC residual, 20k steps": SHORT_SAC,
-            "constant step size": SHORT_SAC + " --no-anneal-lr",
-            "1-step returns": SHORT_SAC + " --n-step 1",
+            "no noise in the warm-up": SHORT_SAC + " --warmup-std 0",
+            "no warm-up": SHORT_SAC + " --learning-starts 256",
+            "mean not zero at the start": SHORT_SAC + " --no-zero-init",
             "no layer normalisation": SHORT_SAC + " --no-layer-norm",
+            "base action not shown": SHORT_SAC + " --no-base-input",
+            "1-step returns": SHORT_SAC + " --n-step 1",
+            "half the updates": SHORT_SAC + " --utd 0.25",
+            "fixed temperature": SHORT_SAC + " --no-autotune",
+            "progressive exploration": SHORT_SAC + " --prog-explore 10000",
         },
         references=("SAC residual, 20k steps",),
-        episodes=500,
     ),
     "starts": Suite(
         {
