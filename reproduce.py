@@ -124,7 +124,6 @@ SUITES = {
             "alpha 0.1": SHORT_PPO + " --alpha 0.1",
             "alpha 1.0": SHORT_PPO + " --alpha 1",
             "act_scale 0.01": SHORT_PPO + " --act-scale 0.01",
-            "act_scale 0.04": SHORT_PPO + " --act-scale 0.04",
             "clipping range 0.2": SHORT_PPO + " --clip-coef 0.2",
             "lambda 0.95": SHORT_PPO + " --gae-lambda 0.95",
             "orientation weight -0.1": SHORT_PPO + " --orientation-weight -0.1",
