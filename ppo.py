@@ -1,6 +1,6 @@
 """PPO (arXiv 1707.06347) learns the task from nothing, by its raw actions, in CleanRL's shape.
-In three minutes on two cores it learns to drag the sheet, and to turn it one way at best: 2 to 65 % of held-out episodes
-(10 seeds). The reach weight draws the finger to the sheet:
+In three minutes on two cores it learns to drag the sheet, and to turn it one way at best, for 2 to 65 % of held-out
+episodes (10 seeds). The reach weight draws the finger to the sheet:
     python ppo.py --total-timesteps 1000000 --reach-weight -1
 """
 
