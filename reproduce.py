@@ -127,7 +127,6 @@ SUITES = {
             "clipping range 0.2": SHORT_PPO + " --clip-coef 0.2",
             "lambda 0.95": SHORT_PPO + " --gae-lambda 0.95",
             "orientation weight -0.1": SHORT_PPO + " --orientation-weight -0.1",
-            "no residual penalty": SHORT_PPO + " --residual-penalty 0",
             "constant step size": SHORT_PPO + " --no-anneal-lr",
             "curriculum": SHORT_PPO + " --curriculum",
             "trained without randomisation": SHORT_PPO + " --no-randomize",
