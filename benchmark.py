@@ -214,7 +214,7 @@ def learn_with_sb3(threaded: bool, steps: int, replayed: bool = False) -> None:
     of_physics = replay_some(ROLLOUT) if replayed else []
     if threaded:
         torch.set_num_threads(1)  # faster than torch's default, which fights the physics for the cores
-        envs, n_steps, batch_size = ThreadVecEnv(), 32, 1024
+        envs, n_steps, batch_size = ThreadVecEnv(), ROLLOUT // NUM_ENVS, 1024
     else:
         envs = make_vec_env("env_paper_square:PaperSquare-v0", n_envs=4, vec_env_cls=SubprocVecEnv)
         n_steps, batch_size = 256, 64
