@@ -9,7 +9,7 @@ The environment knows nothing of base policies or residuals. `EnvArgs` are the f
 """
 
 import atexit
-import importlib
+import importlib.util
 import os
 import platform
 import subprocess
@@ -897,6 +897,9 @@ def has_display() -> bool:
 
 def make_renderer(model: mujoco.MjModel, height: int, width: int) -> mujoco.Renderer:
     """An offscreen renderer; without a display and MUJOCO_GL, on whichever of EGL and OSMesa works here."""
+    # torch's CUDA build loads triton when it first wants it, and that crashes once Mesa's EGL is there
+    if "torch" in sys.modules and importlib.util.find_spec("triton"):
+        importlib.import_module("triton")
     if platform.system() == "Linux" and not has_display() and not os.environ.get("MUJOCO_GL"):
         for backend in ("egl", "osmesa"):
             # In a process of its own: a backend that fails leaves PyOpenGL bound to it.

@@ -214,6 +214,15 @@ def test_without_pixels_there_is_no_renderer(monkeypatch):
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+def test_triton_is_loaded_before_a_renderer(tmp_path):
+    """torch's CUDA build loads it late, when an optimizer is made, and loaded after Mesa's EGL it crashes."""
+    (tmp_path / "triton.py").write_text("import sys\nassert 'OpenGL' not in sys.modules\nprint('loaded')\n")
+    program = "import torch, env_paper_square as e; e.PaperSquareVectorEnv(1, pixels=('top',)).reset(seed=0)"
+    environment = {name: x for name, x in os.environ.items() if name != "MUJOCO_GL"} | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "loaded\n"), done.stderr
+
+
 def test_where_nothing_renders_one_line_says_what_to_install(tmp_path):
     (tmp_path / "OpenGL").mkdir()
     (tmp_path / "OpenGL" / "__init__.py").write_text("raise ImportError('no OpenGL here')\n")
