@@ -52,6 +52,7 @@ POLICY_HZ = 30  # steps per second
 STIFFNESS = (14.0, 51.0)  # N.m/rad
 SERVO_FRICTION = (0.05, 0.4)  # dry, N.m
 FORCE_LIMIT = 5.0  # N, what a fingertip may press without losing reward
+REACH_LIFTED, REACH_TILTED = 0.05, 10.0  # m and m/m, what a lifted fingertip and one higher than the other add to it
 SHEET_LEVER = 0.1  # m, by which an error of the sheet's corners is one of its yaw
 NOISE_STEPS = 400  # after which the noise of a longer episode repeats
 
@@ -105,6 +106,8 @@ def to_si(obs: np.ndarray) -> np.ndarray:
 class EnvArgs(Flags):
     act_scale: Real[1e-6, 3.2] = 0.02
     """largest change of a joint target per policy step, rad"""
+    move_gripper: bool = True
+    """let actions move the gripper too; off: it stays as far open as it is at the start"""
     tape_half_size: Real[0.001, 1] = 0.08
     """half the inside width of the tape square, m"""
     randomize: bool = True
@@ -150,7 +153,7 @@ class EnvArgs(Flags):
     time_weight: Real[-1e4, 1e4] = -0.01
     """reward each step"""
     reach_weight: Real[-1e4, 1e4] = 0.0
-    """reward per m between the fingertip and the sheet's centre, each step; negative draws the finger to the sheet"""
+    """reward per m of the reach, from the hand to the sheet, each step; negative draws it there, level and pressing"""
     force_weight: Real[-1e4, 1e4] = -0.003
     """reward per N by which a fingertip presses harder than 5 N, each step"""
     num_threads: Whole[0, 1024] = 0
@@ -287,10 +290,10 @@ class PaperSquareVectorEnv(VectorEnv):
     at the origin, x forward, y left, z up, table at z = 0.
 
     ## Action space
-    `Box(-1, 1, (6,), float32)`; larger values are clipped. `joint_target += act_scale * action`, clipped to the
-    control range. The servos follow the target, interpolated linearly over the control ticks of one policy step, and of
-    an episode's arm (see Starting state): late by its delay, in whole ticks of the encoder, off by the errors of the
-    joints' zeros, and less the play of the gears.
+    `Box(-1, 1, (6,), float32)`; larger values are clipped, and the gripper's is 0 without `move_gripper`.
+    `joint_target += act_scale * action`, clipped to the control range. The servos follow the target, interpolated
+    linearly over the control ticks of one policy step, and of an episode's arm (see Starting state): late by its delay,
+    in whole ticks of the encoder, off by the errors of the joints' zeros, and less the play of the gears.
 
     | index | joint         | range, rad     |
     |-------|---------------|----------------|
@@ -330,8 +333,11 @@ class PaperSquareVectorEnv(VectorEnv):
     | distance    | -2             | distance from the sheet's centre to the square's, m     |
     | orientation | -1             | angle from the sheet's yaw to a multiple of 90 deg, rad |
     | time        | -0.01          | 1                                                       |
-    | reach       | 0              | distance from the fixed fingertip to the sheet, m       |
+    | reach       | 0              | from the hand to the sheet, m, as below                 |
     | force       | -0.003         | what the harder pressed fingertip has above 5 N, N      |
+
+    The reach is the distance from the fixed fingertip to the sheet's centre, and 0.05 m for every fingertip that does
+    not press, and 10 times by how much one fingertip is higher than the other.
 
     ## Starting state
     The arm at the keyframe `home`; the sheet at (0.19, -0.09). Every episode draws, uniformly but for the stiffness:
@@ -382,7 +388,8 @@ class PaperSquareVectorEnv(VectorEnv):
     OBS_ROWS, OBS, OBS_DIM, OBS_SCALE, to_si = OBS_ROWS, OBS, OBS_DIM, OBS_SCALE, staticmethod(to_si)
 
     # What no step changes, or what follows from the rest
-    _FIXED = {"model", "batch", "spec", "autoreset_mode", "metadata", "key_callback", "_fingertip", "fingertip_force"}
+    _FIXED = {"model", "batch", "spec", "autoreset_mode", "metadata", "key_callback"}
+    _FIXED |= {"_fingertip", "_moving_fingertip", "fingertip_force"}
     _FIXED |= {"single_action_space", "single_observation_space", "action_space", "observation_space"}
     _FIXED |= {"_renderer", "_viewer", "_close_renderer", "_close_viewer", "_scene", "_scene_data", "_next_frame"}
     _FIXED |= {"_eyes", "_close_eyes", "_arguments"}
@@ -493,7 +500,9 @@ class PaperSquareVectorEnv(VectorEnv):
 
         # Live arrays over the simulations' states, current after every call
         self._qpos, self._qvel, self._ctrl = (self.batch.bind(name) for name in ("qpos", "qvel", "ctrl"))
-        self._fingertip = self.batch.bind("site_xpos")[:, self.model.site(FINGERTIPS[0]).id]  # (num_envs, 3), m
+        self._fingertip, self._moving_fingertip = (  # (num_envs, 3), m
+            self.batch.bind("site_xpos")[:, self.model.site(name).id] for name in FINGERTIPS
+        )
         self.fingertip_force = self.batch.bind("sensordata")  # (num_envs, 2), N, along the normals, of FINGERTIPS
 
         self._rngs: list[np.random.Generator | None] = [None] * num_envs
@@ -566,7 +575,7 @@ class PaperSquareVectorEnv(VectorEnv):
         if fresh.any():  # of NEXT_STEP: their step is the reset
             self._start_episodes(np.flatnonzero(fresh))
             actions = np.where(fresh[:, None], 0.0, actions)
-        self._last_action = np.clip(actions, -1.0, 1.0)
+        self._last_action = self.acting(actions)
         target = self.joint_target + self.act_scale * self._last_action
         self.joint_target = np.clip(target, self.ctrl_low, self.ctrl_high)
         previous = self._command
@@ -615,6 +624,10 @@ class PaperSquareVectorEnv(VectorEnv):
         else:
             masks = {f"_{key}": np.ones_like(done) for key in infos}
         return observations, rewards, terminations, truncations, {**infos, **masks}
+
+    def acting(self, actions: np.ndarray) -> np.ndarray:
+        """What acts of actions (..., 6): within -1 to 1, and nothing of the gripper's unless it may move."""
+        return np.clip(actions, -1.0, 1.0) * np.array([1.0] * 5 + [float(self.move_gripper)])
 
     def state_dict(self) -> dict:
         """All that the coming steps depend on: every attribute that is not `_FIXED`, and the physics."""
@@ -807,12 +820,15 @@ class PaperSquareVectorEnv(VectorEnv):
         }
 
     def _reward_terms(self, infos: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        reach = np.linalg.norm(self._fingertip - self._qpos[:, 6:9], axis=1)
+        reach += REACH_LIFTED * (self.fingertip_force == 0.0).sum(axis=1)
+        reach += REACH_TILTED * np.abs(self._fingertip[:, 2] - self._moving_fingertip[:, 2])
         return {
             "success": self.success_weight * (self.hold_counter == self.hold_steps),  # once
             "distance": self.distance_weight * infos["dist_to_goal"],
             "orientation": self.orientation_weight * infos["orientation_error"],
             "time": np.full(self.num_envs, self.time_weight),
-            "reach": self.reach_weight * np.linalg.norm(self._fingertip - self._qpos[:, 6:9], axis=1),
+            "reach": self.reach_weight * reach,
             "force": self.force_weight * np.maximum(self.fingertip_force.max(axis=1) - FORCE_LIMIT, 0.0),
         }
 

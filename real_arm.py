@@ -395,12 +395,13 @@ def wait_for_sheet(arm: Arm, sheet) -> np.ndarray | None:
     raise Stop("the sheet is not seen: is it in the camera's picture, with the tape, and is there light?")
 
 
-def play_episode(arm: Arm, policy, observe, sheet, tape_half_size: float, number: int, args: Args) -> dict:
+def play_episode(arm: Arm, policy, observe, acting, sheet, tape_half_size: float, number: int, args: Args) -> dict:
     """Play until the sheet was seen inside for 8 steps in a row, `args.seconds` are over, or the arm must stop.
 
-    `observe(target, last_action, pose, hold_counter, measured)` makes the observation (1, obs_dim). Returns "poses"
-    (steps + 1, 3), true ones of the simulated arm; "solved", by its environment or, on a real one, as "seen_solved" is;
-    "stopped", the reason or ""; and of each step "frames" of a dataset, "forces", N, and "norms" of the residual.
+    `observe(target, last_action, pose, hold_counter, measured)` makes the observation (1, obs_dim), `acting(action)` is
+    what acts of an action (6,). Returns "poses" (steps + 1, 3), true ones of the simulated arm; "solved", by its
+    environment or, on a real one, as "seen_solved" is; "stopped", the reason or ""; and of each step "frames" of a
+    dataset, "forces", N, and "norms" of the residual.
     """
     poses, frames, forces, norms = [], [], [], []
     simulated, solved, stopped, counter, last_action = hasattr(arm.robot, "moment"), False, "", 0, np.zeros(6)
@@ -423,7 +424,7 @@ def play_episode(arm: Arm, policy, observe, sheet, tape_half_size: float, number
             obs = observe(arm.target, last_action, sight.pose, counter, arm.measured)
             action, wanted = np.zeros(6), arm.target
             if known:
-                action = np.clip(policy(obs)[0], -1.0, 1.0)
+                action = acting(policy(obs)[0])
                 wanted = arm.target + arm.limits["act_scale"] * action
             measured = arm.measured
             reason = arm.send(wanted, age)
@@ -602,7 +603,8 @@ if __name__ == "__main__":
             elif episode:
                 input("put the sheet back; Enter: the next episode ")
             arm.go_home()
-            episodes.append(play_episode(arm, policy, observe, sheet, tape_half_size, episode, args))
+            of_task = observe, envs.acting, sheet, tape_half_size
+            episodes.append(play_episode(arm, policy, *of_task, episode, args))
             played = episodes[-1]
             outcome = played["stopped"] or ("success" if played["solved"] else "failure")
             print(f"episode {episode}: {outcome}, {(len(played['poses']) - 1) / POLICY_HZ:.1f} s")

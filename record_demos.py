@@ -156,7 +156,7 @@ def record_episodes(
             for camera, film in films[i].items():
                 film.append(obs[camera][i].copy())
 
-        action = np.clip(policy(obs), -1.0, 1.0)
+        action = envs.acting(policy(obs))
         state = state_of(obs)
         wanted = joint_targets(envs.to_si(state), envs) + envs.act_scale * action
         wanted = np.clip(wanted, envs.ctrl_low, envs.ctrl_high)

@@ -393,6 +393,8 @@ def test_reward_terms_are_documented_functions_of_the_state_and_sum_to_the_rewar
         distance = np.linalg.norm(pose[:, :2] - SQUARE_POS, axis=1)
         turned = np.min(np.abs(pose[:, 2:] - np.pi / 2 * np.arange(-3, 4)), axis=1)
         reach = np.linalg.norm(envs._fingertip - envs._qpos[:, 6:9], axis=1)
+        heights = envs.batch.bind("site_xpos")[:, [SCENE.site(name).id for name in FINGERTIPS], 2]
+        reach += 0.05 * (2 - np.count_nonzero(envs.fingertip_force, axis=1)) + 10 * np.ptp(heights, axis=1)
         force = np.maximum(envs.fingertip_force.max(axis=1) - FORCE_LIMIT, 0.0)
         assert_allclose(infos["dist_to_goal"], distance, atol=1e-6)
         assert_allclose(infos["orientation_error"], turned, atol=1e-6)
@@ -603,6 +605,14 @@ def test_no_randomisation_is_the_nominal_arm_to_the_bit():
     state = to_si(off[0][:, 0])
     seen = np.concatenate([state[:, OBS["sheet_pos"]], state[:, OBS["joint_target"]]], axis=1)
     assert_allclose(seen, by_hand, atol=1e-6)
+
+
+def test_a_gripper_that_may_not_move_is_as_if_nobody_asked():
+    actions = random_actions(30, 2)
+    without = actions * [1, 1, 1, 1, 1, 0]
+    held = rollout(PaperSquareVectorEnv(2, move_gripper=False), actions, seed=3)
+    assert_same_rollout(held, rollout(PaperSquareVectorEnv(2), without, seed=3))
+    assert (held[0][..., OBS["joint_target"]][..., 5] == 0).all()
 
 
 @pytest.mark.parametrize("delay", [0, 2, 5])

@@ -99,8 +99,9 @@ def observe(target, last_action, pose, hold_counter, measured, tape=0.08):
     return make_observation(*(np.asarray(x)[None] for x in (target, last_action, pose, tape, hold_counter)))
 
 
-def play(arm, policy, sheet=None, **flags):
-    return play_episode(arm, policy, observe, sheet or TrueSheet(arm.robot), 0.08, 0, Args(**flags))
+def play(arm, policy, sheet=None, move_gripper=True, **flags):
+    of_task = observe, PaperSquareVectorEnv(move_gripper=move_gripper).acting, sheet or TrueSheet(arm.robot), 0.08
+    return play_episode(arm, policy, *of_task, 0, Args(**flags))
 
 
 class Constant(ZeroPolicy):
