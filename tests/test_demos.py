@@ -470,6 +470,13 @@ def test_states_are_joints_as_servos_report_them_and_commanded_are_the_targets_b
     assert np.abs(commanded - state)[20:, 1:4].max(axis=0).min() > 0.01  # soft servos are behind
 
 
+def test_a_gripper_that_may_not_move_was_sent_nowhere():
+    act = played(lambda obs: np.ones((len(obs), 6)))
+    (episode,) = record_episodes(act, make_envs(move_gripper=False), 3, 1)
+    assert_array_equal(episode["action"][:, 5], episode["commanded"][0, 5])
+    assert np.ptp(episode["action"][:, 4]) > 10  # degrees
+
+
 def test_replaying_the_recorded_targets_gives_the_recorded_states():
     recorded, envs = (make_envs(steps=120, encoder_tick=0) for _ in range(2))  # in ticks, rounding would tell
     (episode,) = record_episodes(JacobianIKPolicy(), recorded, 5, 1)

@@ -209,6 +209,14 @@ def test_a_policy_of_nans_never_moves_the_arm():
     assert reasons == {"hold: the policy's action is not finite"}
 
 
+@pytest.mark.parametrize("moves", [True, False])
+def test_the_gripper_moves_if_the_policys_task_says_so(moves):
+    arm, _ = make_arm(Told())
+    play(arm, Constant(0, 0, 0, 0, 0.5, 0.5), move_gripper=moves, seconds=1)
+    travel = np.ptp(arm.robot.sent, axis=0)
+    assert travel[4] > 0.1 and (travel[5] > 0.1) == moves and not travel[:4].any()
+
+
 def test_a_jump_of_the_pose_moves_no_joint_by_more_than_a_step():
     policy, _, _ = load_policy(str(CHECKPOINT))
     arm, _ = make_arm(Told(seed=1))
