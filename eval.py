@@ -359,10 +359,11 @@ def load_policies(args: Args) -> tuple[dict, dict]:
     act_scale = shared.keywords.get("act_scale", EnvArgs.act_scale)
     for name in [*args.policy, *["zero"] * args.compare_zero, *["random"] * args.compare_random]:
         base = None if name == "random" else make_base(name, args, shared.func, act_scale, device=device)
-        policies[name], tasks[name] = base or RandomPolicy(), partial(shared, observe_measured=True, pixels=())
+        policies[name] = base or RandomPolicy()
+        tasks[name] = partial(shared, move_gripper=True, observe_measured=True, pixels=())
     if len({task.func for task in tasks.values()}) > 1:
         raise UserError("the checkpoints were trained in different environments: evaluate them apart")
-    own = {"act_scale", "observe_measured", *PIXEL_ARGUMENTS}  # how each acts and sees
+    own = {"act_scale", "move_gripper", "observe_measured", *PIXEL_ARGUMENTS}  # how each acts and sees
     for key in set().union(*(task.keywords for task in tasks.values())) - own:
         if len({fingerprint(task.keywords.get(key)) for task in tasks.values()}) > 1:
             raise UserError(f"the checkpoints were trained for tasks of different {key}: evaluate them apart")

@@ -552,7 +552,7 @@ def test_flags_that_do_not_fit_each_other(command, capsys):
 def test_the_checkpoint_that_comes_with_a_script_solves_the_task(name):
     policy, task, _ = evaluation.load_policy((ROOT / "assets" / name).with_suffix(".safetensors"))
     success = evaluation.play_episodes(policy, range(40), task)["success"].mean()
-    assert success >= (0.05 if name == "ppo.py" else 0.9)  # pure RL learns to drag, and not to turn
+    assert success >= 0.9
 
 
 # What the pages say
