@@ -86,6 +86,11 @@ def readable(root: Path) -> Iterator[None]:
         raise UserError(f"cannot use {root} as a dataset of demonstrations: {reason}") from error
 
 
+def with_defaults(env: dict) -> dict:
+    """The description of an environment, with the flags that it had not yet at what leaves it as it was."""
+    return env | {"kwargs": eval_kwargs(EnvArgs()) | env["kwargs"]}
+
+
 def read_info(root: Path) -> dict:
     """meta/info.json; raises ValueError if it is not that of a LeRobotDataset v3.0, or if its folder has links out."""
     if not (root / "meta" / "info.json").is_file():
@@ -381,7 +386,8 @@ class Dataset:
         info = read_info(self.root)
         if any(info[key] != self.info[key] for key in ("features", "fps", "data_path", "video_path")):
             raise ValueError("--append needs the same features and fps, so the same --videos and --video-height")
-        if (self.root / TASK_FILE).is_file() and json.loads((self.root / TASK_FILE).read_text()) != self.env:
+        task = self.root / TASK_FILE
+        if task.is_file() and with_defaults(json.loads(task.read_text())) != with_defaults(self.env):
             raise ValueError("--append needs the same environment, and it was recorded in another one")
         self.info, total = info, info["total_episodes"]
         if total:

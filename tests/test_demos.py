@@ -267,6 +267,13 @@ def test_load_demos_reads_other_layouts(dataset, episodes):
     assert_array_equal(load_demos(dataset)["action"], joined(episodes[:5], "action"))
 
 
+def test_a_flag_that_came_later_is_at_its_default_in_what_was_recorded_before(dataset):
+    edit_json(dataset / "meta" / "environment.json", kwargs={k: x for k, x in ENV["kwargs"].items() if "grip" not in k})
+    with pytest.raises(UserError, match="same environment"):
+        appended(dataset, env={**ENV, "kwargs": {**ENV["kwargs"], "move_gripper": False}})
+    appended(dataset)
+
+
 def test_a_dataset_says_which_environment_it_is_of(dataset):
     assert load_task(dataset) == (PaperSquareVectorEnv, eval_kwargs(EnvArgs()))
     kwargs = {**ENV["kwargs"], "tape_half_size": 0.1}
