@@ -627,7 +627,7 @@ class PaperSquareVectorEnv(VectorEnv):
 
     def acting(self, actions: np.ndarray) -> np.ndarray:
         """What acts of actions (..., 6): within -1 to 1, and nothing of the gripper's unless it may move."""
-        return np.clip(actions, -1.0, 1.0) * np.array([1.0] * 5 + [float(self.move_gripper)])
+        return np.clip(actions, -1.0, 1.0) * [1, 1, 1, 1, 1, self.move_gripper]
 
     def state_dict(self) -> dict:
         """All that the coming steps depend on: every attribute that is not `_FIXED`, and the physics."""

@@ -497,7 +497,7 @@ def to_demo(episode: dict, env: type, seed: int) -> dict:
     }
 
 
-def dry_run(arm: Arm, policy, observe, sheet, seconds: float) -> None:
+def dry_run(arm: Arm, policy, observe, acting, sheet, seconds: float) -> None:
     """Print twice a second what is read, where the sheet is seen, and what the policy would do; send nothing."""
     frame = None
     arm.start_clock()
@@ -510,7 +510,7 @@ def dry_run(arm: Arm, policy, observe, sheet, seconds: float) -> None:
             if sheet.last is not None:
                 obs = observe(arm.measured, np.zeros(6), sheet.last.pose, 0, arm.measured)
                 age = arm.now() - sheet.last.time
-                seen = f"{describe_pose(sheet.last.pose)}, {age:.2f} s ago; action {policy(obs)[0].round(2)}"
+                seen = f"{describe_pose(sheet.last.pose)}, {age:.2f} s ago; action {acting(policy(obs)[0]).round(2)}"
             lost = f"; lost: {arm.error}" if arm.misses else ""
             print(f"joints {joints}; fingertip {fingertip.round()} mm; sheet {seen}{lost}")
         arm.target = arm.measured
@@ -595,7 +595,7 @@ if __name__ == "__main__":
         connect(robot, args.dry_run)
         arm.start()
         if args.dry_run:
-            dry_run(arm, policy, observe, sheet, args.seconds)
+            dry_run(arm, policy, observe, envs.acting, sheet, args.seconds)
         for episode in range(args.episodes * (not args.dry_run)):
             if episode and args.robot == "sim":
                 robot.reset(args.seed + episode)
