@@ -394,7 +394,7 @@ def test_reward_terms_are_documented_functions_of_the_state_and_sum_to_the_rewar
         turned = np.min(np.abs(pose[:, 2:] - np.pi / 2 * np.arange(-3, 4)), axis=1)
         reach = np.linalg.norm(envs._fingertip - envs._qpos[:, 6:9], axis=1)
         heights = envs.batch.bind("site_xpos")[:, [SCENE.site(name).id for name in FINGERTIPS], 2]
-        reach += 0.05 * (2 - np.count_nonzero(envs.fingertip_force, axis=1)) + 10 * np.ptp(heights, axis=1)
+        reach += 0.05 * (2 - np.minimum(envs.fingertip_force / 2, 1).sum(axis=1)) + 10 * np.ptp(heights, axis=1)
         force = np.maximum(envs.fingertip_force.max(axis=1) - FORCE_LIMIT, 0.0)
         assert_allclose(infos["dist_to_goal"], distance, atol=1e-6)
         assert_allclose(infos["orientation_error"], turned, atol=1e-6)
