@@ -29,8 +29,10 @@ from runs import Episodes, Real, Run, RunArgs, Whole, env_of, find_device, flags
 
 @dataclass
 class Args(RunArgs, EnvArgs, BaseArgs):
-    orientation_weight: Real[-1e4, 1e4] = -0.1
+    orientation_weight: Real[-1e4, 1e4] = -0.3
     """reward per rad between the sheet's yaw and a multiple of 90 degrees, each step"""
+    reach_weight: Real[-1e4, 1e4] = -0.3
+    """reward per m of the reach, from the hand to the sheet, each step; negative draws it there, level and pressing"""
     save_freq: Whole[1, 10**10] = 10_000
     """environment steps between saves of the state for --resume; it is also saved when the run is stopped"""
     eval_freq: Whole[1, 10**10] = 5_000
@@ -53,6 +55,8 @@ class Args(RunArgs, EnvArgs, BaseArgs):
     """update-to-data ratio: gradient steps per environment step (arXiv 2509.19301)"""
     learning_rate: Real[1e-12, 1] = 1e-3
     """step size of Adam, for actor, critics and temperature"""
+    anneal_lr: bool = True
+    """anneal the step sizes linearly to zero over the second half of the training, which settles the policy"""
     gamma: Real[0, 1] = 0.99
     """discount factor; turning the sheet pays off a hundred steps later"""
     tau: Real[1e-6, 1] = 0.005
@@ -352,6 +356,9 @@ if __name__ == "__main__":
 
         # Schedules
         progress = (iteration - 1) / num_iterations
+        if args.anneal_lr:
+            for optimizer in (actor_optimizer, q_optimizer, temperature_optimizer):
+                optimizer.param_groups[0]["lr"] = min(1.0, 2.0 - 2.0 * progress) * args.learning_rate
         if args.curriculum:
             share = max(0.0, 1.0 - 2.0 * progress)
             envs.unwrapped.tape_half_size = args.tape_half_size + share * (args.curriculum_start - args.tape_half_size)
@@ -466,7 +473,7 @@ if __name__ == "__main__":
                 std = actor(x)[1].exp().mean()
             scalars = {
                 **episodes.scalars(),
-                "charts/learning_rate": args.learning_rate,
+                "charts/learning_rate": actor_optimizer.param_groups[0]["lr"],
                 "charts/tape_half_size": envs.unwrapped.tape_half_size,
                 "charts/std": std,
                 "charts/SPS": num_steps / seconds.sum(),

@@ -285,7 +285,9 @@ MAY_DIFFER_IN_FLAG = {  # flag: scripts that share one
     "utd": ["sac_residual", "dagger"],
     "learning_rate": [f"{ON_POLICY} dagger", "sac_residual", IMITATED],  # what is optimised, and by what
     "batch_size": ["sac_residual", "dagger", IMITATED],  # of transitions, of frames
-    "orientation_weight": [f"{ON_POLICY} dagger", "sac_residual"],  # SAC gained nothing by more of it
+    "anneal_lr": [f"{ON_POLICY} dagger {IMITATED}", "sac_residual"],  # SAC learns most in the first half
+    "orientation_weight": [f"{ON_POLICY} dagger", "sac_residual"],  # what its critics bear
+    "reach_weight": [f"{ON_POLICY} dagger", "sac_residual"],  # its policies hovered without
     "pixels": ["dagger", "act"],  # without them, ACT sees where the sheet is
     "hidden_size": [ON_POLICY, "sac_residual", "dagger"],  # critics off policy want more
     "alpha": [RESIDUALS, "sac_residual"],  # with more of it SAC's first critics lead far astray
@@ -507,6 +509,16 @@ def test_schedules_end_where_they_should(flags, no_evaluations, monkeypatch, tmp
     assert script["envs"].tape_half_size == checkpoint["env"]["kwargs"].get("tape_half_size", 0.08) == 0.08
     assert policy.alpha == (1.0 if "linear" in flags else 0.5)
     assert script["optimizer"].param_groups[0]["lr"] == pytest.approx(1e-3 if "anneal" in flags else 5e-4)
+
+
+@pytest.mark.parametrize(("flag", "left"), [("--anneal-lr", 0.5), ("--no-anneal-lr", 1.0)])
+def test_sacs_step_sizes_fall_in_the_second_half(flag, left, no_evaluations, monkeypatch, tmp_path):
+    flags = f"{TINY['sac_residual.py']} --total-timesteps 64 --num-envs 16 {flag}"  # 4 iterations, the last at 3 / 4
+    script = run_script("sac_residual.py", flags, monkeypatch, tmp_path)
+    for name in ("actor_optimizer", "q_optimizer", "temperature_optimizer"):
+        assert script[name].param_groups[0]["lr"] == pytest.approx(left * 1e-3)
+    logged = EventAccumulator(str(script["run"].dir)).Reload().Scalars("charts/learning_rate")
+    assert logged[-1].value == pytest.approx(left * 1e-3)
 
 
 def test_capture_video_films_the_last_policy_beside_its_base(monkeypatch, tmp_path):
