@@ -53,8 +53,6 @@ STIFFNESS = (14.0, 51.0)  # N.m/rad
 SERVO_FRICTION = (0.05, 0.4)  # dry, N.m
 FORCE_LIMIT = 5.0  # N, what a fingertip may press without losing reward
 REACH_LIFTED, REACH_TILTED = 0.05, 10.0  # m and m/m, what a lifted fingertip and one higher than the other add to it
-REACH_PRESSING = 2.0  # N, from which on a fingertip is not lifted at all: two that press alike turn the sheet
-REACH_APART = 0.04  # m, between the places on the sheet that the fingertips are drawn to, along its edge
 SHEET_LEVER = 0.1  # m, by which an error of the sheet's corners is one of its yaw
 NOISE_STEPS = 400  # after which the noise of a longer episode repeats
 
@@ -338,9 +336,8 @@ class PaperSquareVectorEnv(VectorEnv):
     | reach       | 0              | from the hand to the sheet, m, as below                 |
     | force       | -0.003         | what the harder pressed fingertip has above 5 N, N      |
 
-    The reach is the mean distance of the fingertips to their places on the sheet, 0.02 m on either side of its centre
-    along the edge that points away from the arm, the moving fingertip's farther off; and 0.05 m for every fingertip
-    that does not press, less and less of it up to 2 N; and 10 times by how much one fingertip is higher than the other.
+    The reach is the distance from the fixed fingertip to the sheet's centre, and 0.05 m for every fingertip that does
+    not press, and 10 times by how much one fingertip is higher than the other.
 
     ## Starting state
     The arm at the keyframe `home`; the sheet at (0.19, -0.09). Every episode draws, uniformly but for the stiffness:
@@ -823,11 +820,8 @@ class PaperSquareVectorEnv(VectorEnv):
         }
 
     def _reward_terms(self, infos: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        yaw, centre = quarter_turns(self.sheet_pose[:, 2]), self._qpos[:, 6:9]
-        aside = REACH_APART / 2 * np.stack([np.cos(yaw), np.sin(yaw), np.zeros_like(yaw)], axis=1)
-        reach = np.linalg.norm(self._fingertip - (centre - aside), axis=1) / 2
-        reach += np.linalg.norm(self._moving_fingertip - (centre + aside), axis=1) / 2
-        reach += REACH_LIFTED * np.maximum(1.0 - self.fingertip_force / REACH_PRESSING, 0.0).sum(axis=1)
+        reach = np.linalg.norm(self._fingertip - self._qpos[:, 6:9], axis=1)
+        reach += REACH_LIFTED * (self.fingertip_force == 0.0).sum(axis=1)
         reach += REACH_TILTED * np.abs(self._fingertip[:, 2] - self._moving_fingertip[:, 2])
         return {
             "success": self.success_weight * (self.hold_counter == self.hold_steps),  # once

@@ -39,8 +39,8 @@ from figures import pyplot, save_figure
 from runs import ROOT, Flags, UserError, Whole, available_cores, fingerprint, load_checkpoint, lock, parse, write_whole
 
 PURE_RL = (
-    "ppo.py --total-timesteps 1000000 --eval-freq 98304 --reach-weight -1 --distance-weight -5 --orientation-weight -2 "
-    "--force-weight -0.01 --no-move-gripper --clip-coef 0.2"
+    "ppo.py --total-timesteps 1000000 --eval-freq 98304 --reach-weight -1 --distance-weight -5 --force-weight -0.01 "
+    "--no-move-gripper --clip-coef 0.2"
 )
 SHORT_PPO = "ppo_residual.py --total-timesteps 100000"  # stopped while it still learns
 SHORT_SAC = "sac_residual.py --total-timesteps 20000 --eval-freq 10000"

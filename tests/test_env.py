@@ -392,13 +392,9 @@ def test_reward_terms_are_documented_functions_of_the_state_and_sum_to_the_rewar
         pose = envs.sheet_pose
         distance = np.linalg.norm(pose[:, :2] - SQUARE_POS, axis=1)
         turned = np.min(np.abs(pose[:, 2:] - np.pi / 2 * np.arange(-3, 4)), axis=1)
-        fingertips = envs.batch.bind("site_xpos")[:, [SCENE.site(name).id for name in FINGERTIPS]]
-        heights = fingertips[:, :, 2]
-        yaw = pose[:, 2] - np.pi / 2 * np.round(pose[:, 2] / (np.pi / 2))
-        aside = 0.02 * np.stack([np.cos(yaw), np.sin(yaw), 0 * yaw], axis=1)
-        places = envs._qpos[:, None, 6:9] + np.stack([-aside, aside], axis=1)
-        reach = np.linalg.norm(fingertips - places, axis=2).mean(axis=1)
-        reach += 0.05 * (2 - np.minimum(envs.fingertip_force / 2, 1).sum(axis=1)) + 10 * np.ptp(heights, axis=1)
+        reach = np.linalg.norm(envs._fingertip - envs._qpos[:, 6:9], axis=1)
+        heights = envs.batch.bind("site_xpos")[:, [SCENE.site(name).id for name in FINGERTIPS], 2]
+        reach += 0.05 * (2 - np.count_nonzero(envs.fingertip_force, axis=1)) + 10 * np.ptp(heights, axis=1)
         force = np.maximum(envs.fingertip_force.max(axis=1) - FORCE_LIMIT, 0.0)
         assert_allclose(infos["dist_to_goal"], distance, atol=1e-6)
         assert_allclose(infos["orientation_error"], turned, atol=1e-6)
