@@ -43,7 +43,8 @@ PURE_RL = (
     "--no-move-gripper --clip-coef 0.2"
 )
 SHORT_PPO = "ppo_residual.py --total-timesteps 100000"  # stopped while it still learns
-SHORT_SAC = "sac_residual.py --total-timesteps 20000 --eval-freq 10000"
+FORMER_SAC = "--no-anneal-lr --orientation-weight -0.1 --reach-weight 0"
+SHORT_SAC = f"sac_residual.py --total-timesteps 20000 --eval-freq 10000 {FORMER_SAC}"
 QUICK = "--total-timesteps 1024 --num-envs 8 --eval-episodes 4"
 RECORD = "record_demos.py --model-path assets/ppo_residual.safetensors --num-episodes 100 --output-dir"
 ALPHA = "ppo_residual.py --alpha 0.3"
@@ -151,6 +152,10 @@ SUITES = {
             "half the updates": SHORT_SAC + " --utd 0.25",
             "fixed temperature": SHORT_SAC + " --no-autotune",
             "progressive exploration": SHORT_SAC + " --prog-explore 10000",
+            "SAC residual": "sac_residual.py",
+            "constant step size": "sac_residual.py --no-anneal-lr",
+            "reach not rewarded": "sac_residual.py --reach-weight 0",
+            "all three as before": f"sac_residual.py {FORMER_SAC}",
         },
         references=("SAC residual, 20k steps",),
     ),
