@@ -32,6 +32,7 @@ from env_paper_square import (
     STIFFNESS,
     EnvArgs,
     PaperSquareVectorEnv,
+    eval_kwargs,
     nominal_arm,
     room,
 )
@@ -348,7 +349,8 @@ def load_policies(args: Args) -> tuple[dict, dict]:
         name = f"{flags['exp_name']} seed {flags['seed']}"
         name = path if name in policies else name
         if args.compare_base and hasattr(policy, "base_policy"):  # pure RL has none
-            base_name, base = f"base {flags['base_policy']}", fingerprint([policy.base_policy, task.keywords])
+            kwargs = eval_kwargs(EnvArgs()) | task.keywords  # a checkpoint from before a flag lacks it
+            base_name, base = f"base {flags['base_policy']}", fingerprint([policy.base_policy, kwargs])
             base_name = base_name if bases.setdefault(base_name, base) == base else f"{base_name} of {name}"
             bases[base_name] = base
             policies[base_name], tasks[base_name] = policy.base_policy, task

@@ -305,6 +305,19 @@ def test_bases_are_told_apart_by_what_they_are_not_by_a_path_or_a_name(tmp_path)
     assert sorted(bases.values()) == ["act", "diffusion_policy"] and len(policies) == 5
 
 
+def test_a_checkpoint_from_before_a_flag_has_the_same_base(tmp_path):
+    paths, residual = [], runs.load_checkpoint(ASSETS["sac_residual"])
+    for name in ("before", "now"):
+        kwargs = {
+            key: value for key, value in residual["env"]["kwargs"].items() if (name, key) != ("before", "move_gripper")
+        }
+        env, args = residual["env"] | {"kwargs": kwargs}, residual["args"] | {"exp_name": name}
+        runs.save_checkpoint(residual | {"env": env, "args": args}, tmp_path / f"{name}.safetensors")
+        paths.append(str(tmp_path / f"{name}.safetensors"))
+    policies, _ = evaluation.load_policies(evaluation.Args(model_path=tuple(paths), compare_base=True))
+    assert list(policies) == ["base jacobian", "before seed 1", "now seed 1"]
+
+
 def test_policies_beside_a_checkpoint_act_at_its_scale(tmp_path):
     args = evaluation.Args(model_path=(write(tmp_path, act_scale=0.04),), policy=("jacobian",))
     policies, tasks = evaluation.load_policies(args)
