@@ -179,6 +179,11 @@ def eval_kwargs(args: EnvArgs) -> dict:
     return kwargs | {field.name: max(field.default, kwargs[field.name]) for field in scales}
 
 
+def with_defaults(kwargs: dict) -> dict:
+    """Constructor arguments of a recording, with flags that came later at what leaves the environment as it was."""
+    return eval_kwargs(EnvArgs()) | kwargs
+
+
 def nominal_arm() -> dict:
     """The constructor arguments that leave the arm nominal, one by one, as `randomize_arm=False` does all together."""
     arm = {f"randomize_{name}": 0 for name in (*DRAWS, "noise") if name not in OF_THE_SHEET}

@@ -32,9 +32,9 @@ from env_paper_square import (
     STIFFNESS,
     EnvArgs,
     PaperSquareVectorEnv,
-    eval_kwargs,
     nominal_arm,
     room,
+    with_defaults,
 )
 from figures import check_rendering, choose_films, film_episode, plot_results, plot_sweeps, watch
 from pixels import LOOKS
@@ -349,8 +349,8 @@ def load_policies(args: Args) -> tuple[dict, dict]:
         name = f"{flags['exp_name']} seed {flags['seed']}"
         name = path if name in policies else name
         if args.compare_base and hasattr(policy, "base_policy"):  # pure RL has none
-            kwargs = eval_kwargs(EnvArgs()) | task.keywords  # a checkpoint from before a flag lacks it
-            base_name, base = f"base {flags['base_policy']}", fingerprint([policy.base_policy, kwargs])
+            base = fingerprint([policy.base_policy, with_defaults(task.keywords)])
+            base_name = f"base {flags['base_policy']}"
             base_name = base_name if bases.setdefault(base_name, base) == base else f"{base_name} of {name}"
             bases[base_name] = base
             policies[base_name], tasks[base_name] = policy.base_policy, task

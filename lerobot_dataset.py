@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from torch.utils.data import TensorDataset
 
 from base_policies import env_state_rows, joints_to_rad
-from env_paper_square import JOINTS, POLICY_HZ, EnvArgs, PaperSquareVectorEnv, eval_kwargs
+from env_paper_square import JOINTS, POLICY_HZ, EnvArgs, PaperSquareVectorEnv, eval_kwargs, with_defaults
 from figures import decode_mp4, encode_mp4, shrink
 from runs import UserError, digest, env_of, lock, write_json, write_whole
 
@@ -84,11 +84,6 @@ def readable(root: Path) -> Iterator[None]:
     ) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot use {root} as a dataset of demonstrations: {reason}") from error
-
-
-def with_defaults(env: dict) -> dict:
-    """The description of an environment, with the flags that it had not yet at what leaves it as it was."""
-    return env | {"kwargs": eval_kwargs(EnvArgs()) | env["kwargs"]}
 
 
 def read_info(root: Path) -> dict:
@@ -386,9 +381,11 @@ class Dataset:
         info = read_info(self.root)
         if any(info[key] != self.info[key] for key in ("features", "fps", "data_path", "video_path")):
             raise ValueError("--append needs the same features and fps, so the same --videos and --video-height")
-        task = self.root / TASK_FILE
-        if task.is_file() and with_defaults(json.loads(task.read_text())) != with_defaults(self.env):
-            raise ValueError("--append needs the same environment, and it was recorded in another one")
+        if (self.root / TASK_FILE).is_file():
+            envs = json.loads((self.root / TASK_FILE).read_text()), self.env
+            before, now = (env | {"kwargs": with_defaults(env["kwargs"])} for env in envs)
+            if before != now:
+                raise ValueError("--append needs the same environment, and it was recorded in another one")
         self.info, total = info, info["total_episodes"]
         if total:
             read_frames(self.root, info, {"episode_index": 1}, total)  # they are all there

@@ -286,7 +286,7 @@ MAY_DIFFER_IN_FLAG = {  # flag: scripts that share one
     "learning_rate": [f"{ON_POLICY} dagger", "sac_residual", IMITATED],  # what is optimised, and by what
     "batch_size": ["sac_residual", "dagger", IMITATED],  # of transitions, of frames
     "anneal_lr": [f"{ON_POLICY} dagger {IMITATED}", "sac_residual"],  # SAC learns most in the first half
-    "orientation_weight": [f"{ON_POLICY} dagger", "sac_residual"],  # what its critics bear
+    "orientation_weight": [f"{ON_POLICY} dagger", "sac_residual"],  # by PPO's weight, two seeds took longer
     "reach_weight": [f"{ON_POLICY} dagger", "sac_residual"],  # its policies hovered without
     "pixels": ["dagger", "act"],  # without them, ACT sees where the sheet is
     "hidden_size": [ON_POLICY, "sac_residual", "dagger"],  # critics off policy want more
